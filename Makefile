@@ -1,0 +1,40 @@
+# The same commands run here and in CI.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench fuzz clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(STAMP)  ## make .venv and install CrossPool with its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "CrossPool needs Python 3.11 to 3.13; choose one with: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup  ## build the demo zoo and serve it on http://127.0.0.1:8000
+	$(BIN)/crosspool serve --demo
+
+test: setup lint  ## lint, types, import contracts and every test that needs no GPU
+	$(BIN)/pytest -m 'not gpu'
+
+lint: setup  ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fuzz: setup  ## ten thousand seeds of the control plane
+	$(BIN)/python scripts/fuzz.py --seeds 10000
+
+bench: setup  ## the benchmarks; results are printed and written as JSON
+	$(BIN)/python benchmarks/control_plane.py
+
+clean:  ## remove what setup made
+	rm -rf $(VENV)

@@ -1,0 +1,3 @@
+"""CrossPool."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,115 @@
+"""Frozen configuration. Each component is given its own slice and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from crosspool.core.errors import ConfigError
+from crosspool.core.ids import Nanoseconds
+from crosspool.core.topology import Sharding, Topology
+
+MILLISECOND = 1_000_000
+SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model to serve: the name that clients use and the folder that holds the checkpoint.
+
+    ``dtype`` is "auto" (as stored), "float32", "bfloat16" or "float16". ``ttft_target`` and ``tbt_target``
+    override the scheduler's for this model. ``pinned`` weights are never evicted.
+    """
+
+    name: str
+    path: str
+    dtype: str = "auto"
+    pinned: bool = False
+    ttft_target: Nanoseconds | None = None
+    tbt_target: Nanoseconds | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 200 or any(c.isspace() for c in self.name):
+            raise ConfigError(f"a model's name must be 1 to 200 characters without spaces, not {self.name!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"model {self.name}: dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """Sizes of the two pools over all their devices, in bytes. None: a share of the machine's free memory.
+
+    ``page_bytes`` None: chosen from the models' layouts.
+    """
+
+    kv_pool_bytes: int | None = None
+    weights_pool_bytes: int | None = None
+    page_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_pool_bytes", "weights_pool_bytes", "page_bytes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be above 0, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How requests become micro-batches.
+
+    ``ttft_target`` and ``tbt_target`` (ns) order the work; they are aims, not limits. Prompt chunks are
+    multiples of ``chunk_quantum`` tokens (so that numerics do not depend on load), as many as fit
+    ``chunk_layer_cost`` ns a layer by the cost model, ``max_chunk_tokens`` at most. A decode grant runs
+    ``decode_steps`` tokens before it returns. ``max_waiting`` bounds each model's queue.
+    """
+
+    ttft_target: Nanoseconds = Nanoseconds(1 * SECOND)
+    tbt_target: Nanoseconds = Nanoseconds(100 * MILLISECOND)
+    chunk_quantum: int = 64
+    max_chunk_tokens: int = 512
+    chunk_layer_cost: Nanoseconds = Nanoseconds(15 * MILLISECOND)
+    max_batch_rows: int = 32
+    max_prefill_rows: int = 8
+    decode_steps: int = 4
+    max_waiting: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_chunk_tokens < self.chunk_quantum:
+            raise ConfigError(
+                f"max_chunk_tokens {self.max_chunk_tokens} is below chunk_quantum {self.chunk_quantum}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything one engine process (a cell) is made from.
+
+    ``threads`` is the number of cores each device may use; None divides the machine's cores among the teams.
+    """
+
+    models: tuple[ModelConfig, ...]
+    pools: PoolConfig = field(default_factory=PoolConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    kv_devices: tuple[str, ...] = ("cpu:0",)
+    weights_devices: tuple[str, ...] = ("cpu:0",)
+    sharding: Sharding = Sharding.LAYER
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("no model is configured")
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"model names must differ; given twice: {', '.join(twice)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {self.threads}")
+        _ = self.topology
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.kv_devices, self.weights_devices, self.sharding)

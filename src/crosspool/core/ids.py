@@ -1,0 +1,27 @@
+"""Identifiers with their own types, so that a page is never passed where a request is meant."""
+
+from typing import NewType
+
+RequestId = NewType("RequestId", int)
+"""A sequence's identity in one engine: never reused while the engine lives."""
+
+ModelIndex = NewType("ModelIndex", int)
+"""A model's place in the engine's registry: 0..models-1, fixed for the engine's life."""
+
+GrantId = NewType("GrantId", int)
+"""A grant's submission number: monotonic, so it is also the submission order."""
+
+PageId = NewType("PageId", int)
+"""A page's place in the arena of its KV device: its bytes start at ``page_id * page_bytes``."""
+
+KvDevice = NewType("KvDevice", int)
+"""Index into the configured list of KV devices."""
+
+WeightsDevice = NewType("WeightsDevice", int)
+"""Index into the configured list of weights devices."""
+
+Nanoseconds = NewType("Nanoseconds", int)
+"""A point on, or a span of, the injected clock. Integers, so that simulated time is exact."""
+
+NULL_PAGE = PageId(-1)
+"""A page-table entry whose page has been given back (it fell out of a sliding window)."""

@@ -1,0 +1,182 @@
+"""The micro-batches in flight: where each one is in its layers, and what a team runs next.
+
+A pure state machine over integers, without threads or tensors. The real executor drives it under a lock, the
+simulator in virtual time. Each pass of a micro-batch is: attention and FFN of layer 0, of layer 1, ..., and
+last the head (final norm, LM head, token choice) on the attention side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from crosspool.core.batch import Grant, Half, Phase
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
+from crosspool.core.pick import NOTHING, delays, pick
+from crosspool.core.topology import Team, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTask:
+    """One half of one layer of one micro-batch, or one device's share of it.
+
+    ``layer`` equal to the model's number of layers is the head. ``part`` counts the devices that share an FFN
+    (``parts`` of them, in the order in which their partial results are added).
+    """
+
+    grant: GrantId
+    step: int
+    layer: int
+    half: Half
+    team: Team
+    part: int
+    parts: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One grant on its way. ``alive`` are the rows that still want tokens; ``passed`` counts prefill layer
+    tasks that went before the current token out of its slack (see core/pick.py)."""
+
+    grant: Grant
+    start_by: int
+    alive: set[RequestId]
+    step: int = 0
+    layer: int = 0
+    half: Half = Half.ATTENTION
+    passed: int = 0
+    unstarted: list[tuple[Team, int]] = field(default_factory=list)
+    parts: int = 1
+    running: int = 0
+
+    @property
+    def decoding(self) -> bool:
+        return self.grant.phase is Phase.DECODE
+
+
+class InFlight:
+    """All micro-batches in flight and the layer task each team runs."""
+
+    def __init__(self, topology: Topology, layers: Callable[[ModelIndex], int]) -> None:
+        self._topology = topology
+        self._layers = layers
+        self._batches: dict[GrantId, MicroBatch] = {}
+        self._chunks_running: dict[GrantId, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, grant: GrantId) -> MicroBatch:
+        return self._batches[grant]
+
+    @property
+    def batches(self) -> Collection[MicroBatch]:
+        return self._batches.values()
+
+    def submit(self, grant: Grant, now: Nanoseconds) -> None:
+        """Take a grant. A prefill layer task that is running already may count as this token's one."""
+        if grant.id in self._batches:
+            raise InvariantError(f"grant {grant.id} is already in flight")
+        batch = MicroBatch(grant, grant.start_by, {row.request for row in grant.rows})
+        if batch.decoding and any(delays(batch.start_by, 0, end) for end in self._chunks_running.values()):
+            batch.passed = 1
+        self._batches[grant.id] = batch
+        self._enter(batch)
+
+    def cancel(self, request: RequestId) -> None:
+        """Let a request's rows stop at the next boundary."""
+        for batch in self._batches.values():
+            batch.alive.discard(request)
+
+    def start(self, team: Team, now: Nanoseconds) -> LayerTask | None:
+        """The layer task that this team runs now, or None.
+
+        What is left of a layer task that other teams have begun comes first: it is the same one task to
+        whoever waits for it.
+        """
+        batches = list(self._batches.values())
+        for batch in batches:
+            if 0 < len(batch.unstarted) < batch.parts and self._part_for(batch, team) is not None:
+                return self._begin(batch, team)
+        chosen = pick(
+            [self._part_for(batch, team) is not None for batch in batches],
+            [not batch.decoding for batch in batches],
+            [batch.start_by for batch in batches],
+            [batch.grant.id for batch in batches],
+            [batch.grant.layer_cost for batch in batches],
+            [batch.passed for batch in batches],
+            now,
+        )
+        if chosen == NOTHING:
+            return None
+        batch = batches[chosen]
+        if not batch.decoding:
+            self._note_chunk(batch, batches, now)
+        return self._begin(batch, team)
+
+    def finish(self, task: LayerTask, now: Nanoseconds, ended: Sequence[RequestId] = ()) -> bool:
+        """A layer task is done. ``ended`` are the rows for which the head chose their last token.
+
+        Returns whether the micro-batch has retired: nothing of it will run again.
+        """
+        batch = self._batches[task.grant]
+        batch.running -= 1
+        batch.alive.difference_update(ended)
+        if batch.unstarted or batch.running:
+            return False
+        self._chunks_running.pop(task.grant, None)
+        self._advance(batch, now)
+        if batch.alive and batch.step < batch.grant.steps:
+            self._enter(batch)
+            return False
+        del self._batches[task.grant]
+        return True
+
+    def drop(self, grant: GrantId) -> None:
+        """Forget a micro-batch that failed. None of its tasks may be running."""
+        del self._batches[grant]
+        self._chunks_running.pop(grant, None)
+
+    def _begin(self, batch: MicroBatch, team: Team) -> LayerTask:
+        part = self._part_for(batch, team)
+        assert part is not None
+        batch.unstarted.remove((team, part))
+        batch.running += 1
+        return LayerTask(batch.grant.id, batch.step, batch.layer, batch.half, team, part, batch.parts)
+
+    def _part_for(self, batch: MicroBatch, team: Team) -> int | None:
+        return next((part for owner, part in batch.unstarted if owner == team), None)
+
+    def _note_chunk(self, batch: MicroBatch, batches: Sequence[MicroBatch], now: int) -> None:
+        cost = batch.grant.layer_cost
+        self._chunks_running[batch.grant.id] = now + cost
+        for other in batches:
+            if other.decoding and delays(other.start_by, cost, now):
+                other.passed += 1
+
+    def _advance(self, batch: MicroBatch, now: int) -> None:
+        layers = self._layers(batch.grant.model)
+        if batch.layer == layers:
+            batch.step += 1
+            batch.layer = 0
+            batch.passed = 0
+            batch.start_by = now + batch.grant.interval
+        elif batch.half is Half.ATTENTION:
+            batch.half = Half.FFN
+        else:
+            batch.half = Half.ATTENTION
+            batch.layer += 1
+            if batch.layer == layers and not any(row.choice for row in batch.grant.rows):
+                batch.step += 1
+
+    def _enter(self, batch: MicroBatch) -> None:
+        """Offer the tasks of the current layer half to the teams that run it."""
+        if batch.half is Half.ATTENTION:
+            batch.unstarted = [(self._topology.attention_team(batch.grant.kv_device), 0)]
+        else:
+            devices = self._topology.ffn_devices(batch.layer)
+            batch.unstarted = [
+                (self._topology.weights_team(device), part) for part, device in enumerate(devices)
+            ]
+        batch.parts = len(batch.unstarted)

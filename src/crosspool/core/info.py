@@ -1,0 +1,86 @@
+"""What an engine says about itself, as plain data that crosses process boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from crosspool.core.ids import ModelIndex
+
+
+class Residency(StrEnum):
+    """Where a model's FFN weights are."""
+
+    COLD = "cold"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    PINNED = "pinned"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One configured model. ``error`` says why it does not serve; sizes are 0 then.
+
+    ``max_context`` is the model's own limit, ``max_pool_tokens`` how many tokens one sequence may have in
+    the KV pool.
+    """
+
+    name: str
+    index: ModelIndex
+    path: str
+    architecture: str = ""
+    dtype: str = ""
+    vocab_size: int = 0
+    max_context: int = 0
+    max_pool_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    kv_bytes_per_token: int = 0
+    tokens_per_page: int = 0
+    layer_groups: int = 0
+    attention_bytes: int = 0
+    ffn_bytes: int = 0
+    residency: Residency = Residency.COLD
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """The engine when it is ready: its models and its pools."""
+
+    models: tuple[ModelInfo, ...]
+    kv_devices: tuple[str, ...]
+    weights_devices: tuple[str, ...]
+    page_bytes: int
+    kv_pages: int
+    kv_pool_bytes: int
+    weights_pool_bytes: int
+    weights_used_bytes: int
+
+    def model(self, name: str) -> ModelInfo | None:
+        return next((model for model in self.models if model.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """Counters (since start) and gauges (now) of one model."""
+
+    name: str
+    running: int = 0
+    waiting: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    kv_pages_held: int = 0
+    finished: dict[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for /metrics. Pages by model and free pages sum to ``kv_pages_total``."""
+
+    models: tuple[ModelStats, ...]
+    kv_pages_total: int
+    kv_pages_free: int
+    page_bytes: int
+    weights_pool_bytes: int
+    weights_used_bytes: int

@@ -1,0 +1,46 @@
+"""What the control plane asks of the machine: a clock, and somebody who executes grants."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from crosspool.core.batch import Event, Grant
+from crosspool.core.ids import Nanoseconds, RequestId
+
+
+class Clock(Protocol):
+    """Monotonic time. The engine never asks the operating system."""
+
+    def now(self) -> Nanoseconds: ...
+
+
+class Executor(Protocol):
+    """Runs micro-batches layer by layer in the order of core/pick.py.
+
+    The real executor, the simulator's and the tests' all keep this contract: events of one grant come in
+    order, exactly one RetiredEvent ends it, and pages of a grant are not touched after it.
+    """
+
+    def submit(self, grant: Grant) -> None:
+        """Take a grant. Never blocks; the number in flight is bounded by the scheduler."""
+        ...
+
+    def cancel(self, request: RequestId) -> None:
+        """Ask that a request's rows stop at the next layer or step boundary. Its grant still retires."""
+        ...
+
+    def poll(self) -> list[Event]:
+        """Events since the last call, oldest first. Never blocks."""
+        ...
+
+    def wait(self, timeout: float) -> None:
+        """Block until an event may be there, ``wake`` is called, or ``timeout`` seconds have passed."""
+        ...
+
+    def wake(self) -> None:
+        """End a ``wait`` from another thread."""
+        ...
+
+    def close(self) -> None:
+        """Stop the workers. Grants in flight are dropped."""
+        ...

@@ -1,0 +1,228 @@
+"""The geometry of a model: everything that planning, pools and kernels need to know, and no weights.
+
+A family (models/families) makes a ModelSpec from a public ``config.json``. Sizes are in elements unless the
+name says bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class DType(StrEnum):
+    """Storage type of weights, hidden states and KV of one model."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def bytes(self) -> int:
+        return 4 if self is DType.FLOAT32 else 2
+
+
+class RopeKind(StrEnum):
+    """Rotary embedding variants, by the names of the public configs."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding (arXiv 2104.09864) over the first ``dim`` elements of a head.
+
+    ``interleaved``: pairs are neighbours (2i, 2i+1); otherwise halves (i, i + dim/2). Fields after
+    ``factor`` belong to the variants: llama3 (model card of Llama 3.1), yarn (arXiv 2309.00071).
+    """
+
+    dim: int
+    theta: float
+    kind: RopeKind = RopeKind.DEFAULT
+    interleaved: bool = False
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GqaSpec:
+    """Grouped-query attention. KV per token and layer: keys and values of ``num_kv_heads`` heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class MlaSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    KV per token and layer: the compressed latent and one rotary key shared by all heads, never the expanded
+    keys and values. ``q_lora_rank`` None: queries are projected directly.
+    """
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    scale: float
+    bias: bool = False
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+AttentionSpec = GqaSpec | MlaSpec
+
+
+class Scoring(StrEnum):
+    """How a router turns logits into scores."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+class GroupScore(StrEnum):
+    """How a group-limited router ranks groups: by their best expert, or by the sum of the best two."""
+
+    MAX = "max"
+    TOP2_SUM = "top2_sum"
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """Expert choice. ``groups`` 1 means no group limit; otherwise the best ``top_groups`` groups compete.
+
+    ``selection_bias``: a learned bias added to the scores for the choice only (arXiv 2412.19437).
+    ``normalise``: the chosen weights are divided by their sum. ``scale`` multiplies them last.
+    """
+
+    num_experts: int
+    top_k: int
+    scoring: Scoring = Scoring.SOFTMAX
+    normalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: GroupScore = GroupScore.MAX
+    selection_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FfnSpec:
+    """One layer's feed-forward half: dense, or routed experts with optional shared ones.
+
+    ``intermediate`` is the width of the dense FFN or of one expert; ``shared_intermediate`` the width of the
+    shared experts taken together (0: none). ``router`` None: dense. ``activation`` is the public name.
+    """
+
+    intermediate: int
+    activation: str = "silu"
+    router: RouterSpec | None = None
+    shared_intermediate: int = 0
+
+    def weights(self, hidden: int) -> int:
+        """Number of weights of this FFN for a model of width ``hidden``."""
+        if self.router is None:
+            return 3 * hidden * self.intermediate
+        experts = self.router.num_experts
+        router = experts * hidden + (experts if self.router.selection_bias else 0)
+        return router + 3 * hidden * (experts * self.intermediate + self.shared_intermediate)
+
+    def active_weights(self, hidden: int) -> int:
+        """Weights that one token reads: router, its experts, shared experts."""
+        if self.router is None:
+            return self.weights(hidden)
+        width = self.router.top_k * self.intermediate + self.shared_intermediate
+        return self.router.num_experts * hidden + 3 * hidden * width
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer. ``window`` None is full attention; otherwise a token sees the last ``window`` positions."""
+
+    ffn: FfnSpec
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only model: pre-norm layers of an attention half and an FFN half."""
+
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    max_context: int
+    layers: tuple[LayerSpec, ...]
+    attention: AttentionSpec
+    rope: RopeSpec
+    norm_eps: float
+    tied_embeddings: bool
+    dtype: DType
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def kv_bytes_per_token_layer(self) -> int:
+        return self.attention.kv_elements_per_token * self.dtype.bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that one token holds in all layers, before any window frees some."""
+        return self.kv_bytes_per_token_layer * self.num_layers
+
+    def ffn_bytes(self, layer: int) -> int:
+        """Bytes of the FFN weights of one layer."""
+        return self.layers[layer].ffn.weights(self.hidden_size) * self.dtype.bytes
+
+    @property
+    def total_ffn_bytes(self) -> int:
+        return sum(self.ffn_bytes(layer) for layer in range(self.num_layers))
+
+    @property
+    def attention_weights(self) -> int:
+        """Number of attention weights of one layer, norms included."""
+        h, a = self.hidden_size, self.attention
+        if isinstance(a, GqaSpec):
+            q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+            bias = (q + 2 * kv if a.qkv_bias else 0) + (h if a.output_bias else 0)
+            return 2 * h * q + 2 * h * kv + bias + (2 * a.head_dim if a.qk_norm else 0) + 2 * h
+        q = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        rank = a.q_lora_rank
+        query = h * q if rank is None else h * rank + rank + rank * q
+        latent = h * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank
+        expand = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+        bias = (rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim + h if a.bias else 0
+        return query + latent + expand + a.num_heads * a.v_head_dim * h + bias + 2 * h
+
+    @property
+    def attention_side_bytes(self) -> int:
+        """Bytes of everything that is not FFN: embeddings, norms, attention, LM head."""
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return (embeddings + self.hidden_size + self.num_layers * self.attention_weights) * self.dtype.bytes
