@@ -84,3 +84,13 @@ class EngineStats:
     page_bytes: int
     weights_pool_bytes: int
     weights_used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far one model's weights have come. ``error`` says that it will not serve, and why."""
+
+    model: str
+    done_bytes: int
+    total_bytes: int
+    error: str | None = None
