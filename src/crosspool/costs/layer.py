@@ -1,0 +1,68 @@
+"""The predicted time of a layer task: the larger of operations over rate and bytes over bandwidth (roofline,
+Williams et al., 2009), plus a fixed overhead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crosspool.core.batch import Half
+from crosspool.core.ids import Nanoseconds
+from crosspool.core.spec import FfnSpec, GqaSpec, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    """One device: operations per second, bytes read per second, and the fixed cost of a task in ns.
+
+    The defaults are a cautious guess at two CPU cores; calibration corrects them within a few tasks.
+    """
+
+    operations_per_second: float = 100e9
+    bytes_per_second: float = 15e9
+    task_overhead: Nanoseconds = Nanoseconds(100_000)
+
+    def time(self, operations: float, bytes_read: float) -> Nanoseconds:
+        seconds = max(operations / self.operations_per_second, bytes_read / self.bytes_per_second)
+        return Nanoseconds(self.task_overhead + int(seconds * 1e9))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCosts:
+    """Predicted times of one model's layer tasks on one kind of device.
+
+    A layer is taken to be the model's last one: layers differ little, and where they do (leading dense
+    layers) the last is the rule.
+    """
+
+    spec: ModelSpec
+    profile: HardwareProfile
+
+    def half(self, half: Half, tokens: int, context: int) -> Nanoseconds:
+        """``tokens`` are those of the whole micro-batch; ``context`` is the sum over rows of the positions
+        attended to."""
+        return self.attention(tokens, context) if half is Half.ATTENTION else self.ffn(tokens)
+
+    def attention(self, tokens: int, context: int) -> Nanoseconds:
+        spec, attention = self.spec, self.spec.attention
+        width = (
+            attention.num_heads * attention.head_dim
+            if isinstance(attention, GqaSpec)
+            else attention.num_heads * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+        )
+        operations = 2 * tokens * spec.attention_weights + 4 * width * context
+        bytes_read = spec.attention_weights * spec.dtype.bytes + context * spec.kv_bytes_per_token_layer
+        return self.profile.time(operations, bytes_read)
+
+    def ffn(self, tokens: int) -> Nanoseconds:
+        spec, ffn = self.spec, self.spec.layers[-1].ffn
+        weights_read = ffn.weights(spec.hidden_size) * active_share(ffn, tokens)
+        operations = 2 * tokens * ffn.active_weights(spec.hidden_size)
+        return self.profile.time(operations, weights_read * spec.dtype.bytes)
+
+
+def active_share(ffn: FfnSpec, tokens: int) -> float:
+    """Expected share of the experts that ``tokens`` tokens touch, were choices independent and uniform."""
+    if ffn.router is None:
+        return 1.0
+    idle: float = (1 - ffn.router.top_k / ffn.router.num_experts) ** tokens
+    return 1 - idle

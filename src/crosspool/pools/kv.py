@@ -1,0 +1,184 @@
+"""The KV virtualizer: maps each sequence's positions to pages of a KV device, for all models at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex, PageId
+from crosspool.core.kv_layout import KvLayout
+from crosspool.pools.pages import PageAllocator
+
+
+@dataclass(slots=True, eq=False)
+class PageTable:
+    """One sequence's pages: ``groups[g][i]`` holds chunk i of layer group g, NULL_PAGE if given back."""
+
+    model: ModelIndex
+    device: KvDevice
+    layout: KvLayout
+    groups: list[list[PageId]]
+    kept_from: list[int]
+    _snapshot: tuple[tuple[PageId, ...], ...] | None = field(default=None, repr=False)
+
+    @property
+    def chunks(self) -> int:
+        return len(self.groups[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions that have a place, counted from 0."""
+        return self.chunks * self.layout.tokens_per_page
+
+    @property
+    def pages(self) -> int:
+        """Pages held now, over all groups."""
+        return sum(len(group) - kept for group, kept in zip(self.groups, self.kept_from, strict=True))
+
+    def held(self) -> Iterable[PageId]:
+        for group, kept in zip(self.groups, self.kept_from, strict=True):
+            yield from group[kept:]
+
+    def snapshot(self) -> tuple[tuple[PageId, ...], ...]:
+        """The table as plain data for a grant; made once per change."""
+        if self._snapshot is None:
+            self._snapshot = tuple(tuple(group) for group in self.groups)
+        return self._snapshot
+
+    def changed(self) -> None:
+        self._snapshot = None
+
+
+class KvPool:
+    """All pages of all KV devices, and the page table of every sequence that holds some.
+
+    ``step_tokens`` is the most by which a sequence grows at once (a prompt chunk): a window group holds up to
+    that many tokens more than its window.
+    """
+
+    def __init__(
+        self,
+        layouts: Mapping[ModelIndex, KvLayout],
+        *,
+        devices: int,
+        pages_per_device: int,
+        step_tokens: int,
+    ) -> None:
+        self._layouts = dict(layouts)
+        self._allocators = [PageAllocator(pages_per_device) for _ in range(devices)]
+        self._held_by_model = dict.fromkeys(self._layouts, 0)
+        self._step_tokens = step_tokens
+        self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
+
+    @property
+    def devices(self) -> list[KvDevice]:
+        return [KvDevice(index) for index in range(len(self._allocators))]
+
+    @property
+    def total(self) -> int:
+        return sum(allocator.total for allocator in self._allocators)
+
+    @property
+    def free(self) -> int:
+        return sum(allocator.free for allocator in self._allocators)
+
+    def free_on(self, device: KvDevice) -> int:
+        return self._allocators[device].free
+
+    def held_by(self, model: ModelIndex) -> int:
+        """Pages that this model's sequences hold now."""
+        return self._held_by_model[model]
+
+    def layout(self, model: ModelIndex) -> KvLayout:
+        return self._layouts[model]
+
+    def pages_for(self, model: ModelIndex, tokens: int) -> int:
+        """The most pages that one sequence of this model holds while it grows to ``tokens`` tokens."""
+        layout = self._layouts[model]
+        chunks = layout.chunks(tokens)
+        pages = 0
+        for group in layout.groups:
+            if group.window is None:
+                pages += chunks
+            else:
+                pages += min(chunks, layout.chunks(group.window + self._step_tokens) + 1)
+        return pages
+
+    def most_tokens(self, model: ModelIndex) -> int:
+        """The longest sequence of this model that a whole KV device can hold."""
+        return self._most_tokens[model]
+
+    def open(self, model: ModelIndex, device: KvDevice) -> PageTable:
+        """An empty page table. It holds nothing until it grows."""
+        layout = self._layouts[model]
+        return PageTable(model, device, layout, [[] for _ in layout.groups], [0] * len(layout.groups))
+
+    def missing(self, table: PageTable, tokens: int) -> int:
+        """Pages that the table lacks to hold ``tokens`` tokens."""
+        return max(0, table.layout.chunks(tokens) - table.chunks) * len(table.groups)
+
+    def grow(self, table: PageTable, tokens: int) -> bool:
+        """Give the table a place for every position below ``tokens``: all of the pages it lacks, or none."""
+        missing = self.missing(table, tokens)
+        if missing == 0:
+            return True
+        pages = self._allocators[table.device].allocate(missing)
+        if pages is None:
+            return False
+        share = missing // len(table.groups)
+        for index, group in enumerate(table.groups):
+            group.extend(pages[index * share : (index + 1) * share])
+        self._held_by_model[table.model] += missing
+        table.changed()
+        return True
+
+    def trim(self, table: PageTable, position: int) -> None:
+        """Give back the pages of window groups that no token at ``position`` or later can see."""
+        for index, group in enumerate(table.groups):
+            if table.layout.groups[index].window is None:
+                continue
+            first = min(table.layout.first_kept_chunk(index, position), len(group))
+            kept = table.kept_from[index]
+            if first > kept:
+                self._give_back(table, group[kept:first])
+                group[kept:first] = [NULL_PAGE] * (first - kept)
+                table.kept_from[index] = first
+                table.changed()
+
+    def release(self, table: PageTable) -> None:
+        """Give back everything; the table is empty and may grow again from position 0."""
+        for index, group in enumerate(table.groups):
+            self._give_back(table, group[table.kept_from[index] :])
+            group.clear()
+            table.kept_from[index] = 0
+        table.changed()
+
+    def check(self, tables: Iterable[PageTable]) -> None:
+        """Raise InvariantError unless free and held pages are exactly all pages, by device and by model."""
+        held: list[list[PageId]] = [[] for _ in self._allocators]
+        by_model = dict.fromkeys(self._layouts, 0)
+        for table in tables:
+            held[table.device].extend(table.held())
+            by_model[table.model] += table.pages
+        for allocator, pages in zip(self._allocators, held, strict=True):
+            allocator.check(pages)
+        if by_model != self._held_by_model:
+            raise InvariantError(f"pages by model are {by_model}, but {self._held_by_model} was counted")
+
+    def _give_back(self, table: PageTable, pages: list[PageId]) -> None:
+        self._allocators[table.device].release(pages)
+        self._held_by_model[table.model] -= len(pages)
+
+    def _find_most_tokens(self, model: ModelIndex) -> int:
+        """Largest multiple of tokens_per_page whose pages fit one device (binary search: it is monotonic)."""
+        layout, pages = self._layouts[model], self._allocators[0].total
+        unbounded = all(group.window is not None for group in layout.groups)
+        low, high = 0, pages * (1 << 20 if unbounded else 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.pages_for(model, middle * layout.tokens_per_page) <= pages:
+                low = middle
+            else:
+                high = middle - 1
+        return low * layout.tokens_per_page
