@@ -38,12 +38,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """Sizes of the two pools over all their devices, in bytes. None: a share of the machine's free memory.
+    """Sizes of the two pools over all their devices, in bytes.
 
-    ``page_bytes`` None: chosen from the models' layouts.
+    ``weights_pool_bytes`` None: what the models' FFN weights take. ``kv_pool_bytes`` None:
+    ``kv_pool_fraction`` of the memory that the weights leave free. ``page_bytes`` None: chosen from the
+    models' layouts.
     """
 
     kv_pool_bytes: int | None = None
+    kv_pool_fraction: float = 0.4
     weights_pool_bytes: int | None = None
     page_bytes: int | None = None
 
@@ -52,6 +55,8 @@ class PoolConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, not {value}")
+        if not 0 < self.kv_pool_fraction < 1:
+            raise ConfigError(f"kv_pool_fraction must be between 0 and 1, not {self.kv_pool_fraction}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,8 @@ class SchedulerConfig:
     ``ttft_target`` and ``tbt_target`` (ns) order the work; they are aims, not limits. Prompt chunks are
     multiples of ``chunk_quantum`` tokens (so that numerics do not depend on load), as many as fit
     ``chunk_layer_cost`` ns a layer by the cost model, ``max_chunk_tokens`` at most. A decode grant runs
-    ``decode_steps`` tokens before it returns. ``max_waiting`` bounds each model's queue.
+    ``decode_steps`` tokens before it returns. ``max_waiting`` bounds each model's queue, ``max_running``
+    the sequences that hold pages.
     """
 
     ttft_target: Nanoseconds = Nanoseconds(1 * SECOND)
@@ -73,6 +79,7 @@ class SchedulerConfig:
     max_prefill_rows: int = 8
     decode_steps: int = 4
     max_waiting: int = 1024
+    max_running: int = 256
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -3,6 +3,7 @@ Williams et al., 2009), plus a fixed overhead."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from crosspool.core.batch import Half
@@ -27,6 +28,29 @@ class HardwareProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What a micro-batch asks of one layer.
+
+    ``tokens`` of all rows; ``context``: positions whose KV is read, over all rows; ``attended``: pairs of a
+    query and a position, over all rows (for a decode the same as ``context``).
+    """
+
+    tokens: int
+    context: int
+    attended: int
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, int]]) -> Work:
+        """From each row's (start, number of tokens)."""
+        tokens = context = attended = 0
+        for start, count in rows:
+            tokens += count
+            context += start + count
+            attended += count * (start + count)
+        return cls(tokens, context, attended)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCosts:
     """Predicted times of one model's layer tasks on one kind of device.
 
@@ -37,26 +61,25 @@ class LayerCosts:
     spec: ModelSpec
     profile: HardwareProfile
 
-    def half(self, half: Half, tokens: int, context: int) -> Nanoseconds:
-        """``tokens`` are those of the whole micro-batch; ``context`` is the sum over rows of the positions
-        attended to."""
-        return self.attention(tokens, context) if half is Half.ATTENTION else self.ffn(tokens)
+    def half(self, half: Half, work: Work) -> Nanoseconds:
+        return self.attention(work) if half is Half.ATTENTION else self.ffn(work)
 
-    def attention(self, tokens: int, context: int) -> Nanoseconds:
+    def attention(self, work: Work) -> Nanoseconds:
         spec, attention = self.spec, self.spec.attention
         width = (
             attention.num_heads * attention.head_dim
             if isinstance(attention, GqaSpec)
             else attention.num_heads * (attention.kv_lora_rank + attention.qk_rope_head_dim)
         )
-        operations = 2 * tokens * spec.attention_weights + 4 * width * context
-        bytes_read = spec.attention_weights * spec.dtype.bytes + context * spec.kv_bytes_per_token_layer
+        operations = 2 * work.tokens * spec.attention_weights + 4 * width * work.attended
+        weights = spec.attention_weights * spec.dtype.bytes
+        bytes_read = weights + work.context * spec.kv_bytes_per_token_layer
         return self.profile.time(operations, bytes_read)
 
-    def ffn(self, tokens: int) -> Nanoseconds:
+    def ffn(self, work: Work) -> Nanoseconds:
         spec, ffn = self.spec, self.spec.layers[-1].ffn
-        weights_read = ffn.weights(spec.hidden_size) * active_share(ffn, tokens)
-        operations = 2 * tokens * ffn.active_weights(spec.hidden_size)
+        weights_read = ffn.weights(spec.hidden_size) * active_share(ffn, work.tokens)
+        operations = 2 * work.tokens * ffn.active_weights(spec.hidden_size)
         return self.profile.time(operations, weights_read * spec.dtype.bytes)
 
 

@@ -46,7 +46,7 @@ class FfnPool:
         return Residency.COLD if holding is None else holding.residency
 
     def begin_load(self, model: ModelIndex, name: str, bytes_by_layer: Sequence[int]) -> None:
-        """Reserve the bytes of all layers. Raises OutOfMemoryError, and reserves nothing, if they do not fit."""
+        """Reserve the bytes of all layers, or raise OutOfMemoryError and reserve nothing."""
         if model in self._holdings:
             raise InvariantError(f"model {name} is {self.residency(model)} and cannot be loaded again")
         needed = sum(bytes_by_layer)

@@ -58,7 +58,7 @@ class PageAllocator:
                 free.append(page)
 
     def check(self, held: Iterable[PageId]) -> None:
-        """Raise InvariantError unless ``held`` (with repeats for shared pages) and the free list are all pages."""
+        """Raise InvariantError unless ``held`` (repeats for shared pages) and the free list are all pages."""
         counts = [0] * self.total
         for page in held:
             counts[page] += 1

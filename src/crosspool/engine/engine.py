@@ -1,0 +1,196 @@
+"""The engine: one step takes what came back, decides, and submits what runs next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from crosspool.core.batch import RetiredEvent, TokenEvent
+from crosspool.core.errors import (
+    InvalidRequestError,
+    InvariantError,
+    ModelUnavailableError,
+    RequestTooLargeError,
+)
+from crosspool.core.ids import ModelIndex, RequestId
+from crosspool.core.info import EngineInfo, EngineStats, ModelInfo, ModelStats
+from crosspool.core.protocols import Clock, Executor
+from crosspool.core.request import EngineOutput, FinishReason, Request, TokenLogprobs
+from crosspool.pools.kv import KvPool
+from crosspool.scheduler.scheduler import Scheduler
+from crosspool.scheduler.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Counters:
+    """What one model did since the start."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class _News:
+    """What happened to one request within one step."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def output(self, request: RequestId) -> EngineOutput:
+        return EngineOutput(request, tuple(self.tokens), tuple(self.logprobs), self.finish)
+
+
+class Engine:
+    """Requests in, tokens out. Single-threaded: ``add``, ``finish``, ``abort`` and ``step`` are called from
+    one thread; only ``wake`` may come from others."""
+
+    def __init__(
+        self, info: EngineInfo, scheduler: Scheduler, pool: KvPool, executor: Executor, clock: Clock
+    ) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._pool = pool
+        self._executor = executor
+        self._clock = clock
+        self._counters: Mapping[ModelIndex, _Counters] = {m.index: _Counters() for m in info.models}
+        self._ended: list[EngineOutput] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its arrival is now.
+
+        Raises ModelUnavailableError, RequestTooLargeError (context or pool, with the numbers) or
+        OverloadedError.
+        """
+        model = self._model(request)
+        if self._scheduler.get(request.id) is not None:
+            raise InvariantError(f"request id {request.id} is in use")
+        self._check_size(request, model)
+        self._scheduler.add(replace(request, arrival=self._clock.now()))
+        self._counters[request.model].prompt_tokens += len(request.prompt_token_ids)
+
+    def finish(self, request: RequestId, at_token: int) -> None:
+        """End a request with STOP after its first ``at_token`` output tokens (a stop string was seen)."""
+        sequence = self._scheduler.get(request)
+        if sequence is not None and sequence.finish is None:
+            del sequence.output[at_token:]
+            self._end(sequence, FinishReason.STOP)
+
+    def abort(self, request: RequestId) -> None:
+        """End a request with ABORT. Its pages are free at once, or when its micro-batch in flight retires."""
+        sequence = self._scheduler.get(request)
+        if sequence is not None and sequence.finish is None:
+            self._end(sequence, FinishReason.ABORT)
+
+    def step(self) -> list[EngineOutput]:
+        """Take what the executor has done, put in flight what can run, say what is new. Never blocks."""
+        now = self._clock.now()
+        news: dict[RequestId, _News] = {}
+        for event in self._executor.poll():
+            if isinstance(event, RetiredEvent):
+                self._retire(event)
+            elif (request := self._scheduler.take_token(event, now)) is not None:
+                self._note(event, request.model, news)
+        for grant in self._scheduler.schedule(now):
+            self._executor.submit(grant)
+        outputs = [item.output(request) for request, item in news.items()] + self._ended
+        self._ended = []
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether any request has not given back everything, or an output has not been fetched."""
+        return len(self._scheduler) > 0 or bool(self._ended)
+
+    def wait(self, timeout: float) -> None:
+        """Block until ``step`` may have something to do, or ``timeout`` seconds have passed."""
+        self._executor.wait(timeout)
+
+    def wake(self) -> None:
+        """End a ``wait``; may be called from any thread."""
+        self._executor.wake()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and pools."""
+        return EngineStats(
+            models=tuple(self._model_stats(model) for model in self.info.models),
+            kv_pages_total=self._pool.total,
+            kv_pages_free=self._pool.free,
+            page_bytes=self.info.page_bytes,
+            weights_pool_bytes=self.info.weights_pool_bytes,
+            weights_used_bytes=self.info.weights_used_bytes,
+        )
+
+    def check(self) -> None:
+        """Raise InvariantError unless pages, tables and states agree."""
+        self._scheduler.check()
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._executor.close()
+
+    def _model(self, request: Request) -> ModelInfo:
+        model = self.info.models[request.model]
+        if model.error is not None:
+            raise ModelUnavailableError(f"model {model.name} does not serve: {model.error}")
+        return model
+
+    def _check_size(self, request: Request, model: ModelInfo) -> None:
+        prompt = len(request.prompt_token_ids)
+        if prompt == 0:
+            raise InvalidRequestError("the prompt is empty", parameter="prompt")
+        if request.max_tokens < 1:
+            raise InvalidRequestError(
+                f"max_tokens must be at least 1, not {request.max_tokens}", parameter="max_tokens"
+            )
+        for limit, what in (
+            (model.max_context, f"the context of {model.name}"),
+            (model.max_pool_tokens, "what the whole KV pool holds for one request"),
+        ):
+            if prompt + request.max_tokens > limit:
+                raise RequestTooLargeError(
+                    f"{prompt} prompt tokens and {request.max_tokens} to generate are "
+                    f"{prompt + request.max_tokens}, beyond {what}: {limit} tokens",
+                    parameter="max_tokens",
+                )
+
+    def _note(self, event: TokenEvent, model: ModelIndex, news: dict[RequestId, _News]) -> None:
+        item = news.setdefault(event.request, _News())
+        item.tokens.append(event.token)
+        if event.logprobs is not None:
+            item.logprobs.append(event.logprobs)
+        counters = self._counters[model]
+        counters.generation_tokens += 1
+        if event.finish is not None:
+            item.finish = event.finish
+            counters.finished[event.finish] += 1
+
+    def _retire(self, event: RetiredEvent) -> None:
+        for request in self._scheduler.retire(event):
+            self._say_ended(request, FinishReason.ERROR, event.error)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        if self._scheduler.end(sequence, reason):
+            self._executor.cancel(sequence.request.id)
+        self._say_ended(sequence.request, reason)
+
+    def _say_ended(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        self._counters[request.model].finished[reason] += 1
+        self._ended.append(EngineOutput(request.id, (), finish_reason=reason, error=error))
+
+    def _model_stats(self, model: ModelInfo) -> ModelStats:
+        index = model.index
+        if model.error is not None:
+            return ModelStats(model.name, finished={})
+        counters = self._counters[index]
+        return ModelStats(
+            name=model.name,
+            running=self._scheduler.running(index),
+            waiting=self._scheduler.waiting(index),
+            preemptions=self._scheduler.preemptions[index],
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            kv_pages_held=self._pool.held_by(index),
+            finished=dict(counters.finished),
+        )

@@ -1,0 +1,121 @@
+"""Who may start: one line per model, earliest deadline first, if the pages it needs to start are there."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from crosspool.core.errors import OverloadedError
+from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
+from crosspool.pools.kv import KvPool
+from crosspool.scheduler.sequence import Sequence, State
+
+AGED_AFTER = 4
+"""A head of line that has waited this many times its TTFT target lets nobody of another model pass it."""
+
+
+@dataclass(slots=True)
+class _Demand:
+    """Pages of one device that running sequences are sure to want soon, and how many sequences run there."""
+
+    free: int
+    wanted: int = 0
+    running: int = 0
+
+    @property
+    def spare(self) -> int:
+        return self.free - self.wanted
+
+
+class Admission:
+    """The lines of waiting requests. A preempted sequence comes back to its place in the line."""
+
+    def __init__(self, pool: KvPool, *, max_waiting: int, max_running: int) -> None:
+        self._pool = pool
+        self._max_waiting = max_waiting
+        self._max_running = max_running
+        self._lines: dict[ModelIndex, list[Sequence]] = {}
+
+    def waiting(self, model: ModelIndex) -> int:
+        return len(self._lines.get(model, ()))
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for line in self._lines.values():
+            yield from line
+
+    def join(self, sequence: Sequence) -> None:
+        """A new request. Raises OverloadedError if its model's line is full."""
+        if self.waiting(sequence.request.model) >= self._max_waiting:
+            raise OverloadedError(f"{self._max_waiting} requests are waiting for this model already")
+        self.rejoin(sequence)
+
+    def rejoin(self, sequence: Sequence) -> None:
+        """A preempted sequence: the bound on the line does not apply to what was accepted once."""
+        insort(self._lines.setdefault(sequence.request.model, []), sequence, key=lambda s: s.order)
+
+    def leave(self, sequence: Sequence) -> None:
+        self._lines[sequence.request.model].remove(sequence)
+
+    def admit(self, running: Iterable[Sequence], now: Nanoseconds) -> list[Sequence]:
+        """Give a page table to every waiting sequence that may start now; it grows with the first chunk.
+
+        A sequence may start where, beside all that running sequences still lack for their known tokens and
+        one more chunk each, the pages of its own known tokens are free. The pages themselves are reserved
+        chunk by chunk. On a device where nothing runs it may start in any case: it fits the pool, or it
+        would have been refused.
+        """
+        if not len(self):
+            return []
+        demands = self._demands(running)
+        started: list[Sequence] = []
+        blocked: set[ModelIndex] = set()
+        while sequence := self._first(blocked):
+            device = self._place(sequence, demands)
+            if device is None:
+                if now > sequence.due + (AGED_AFTER - 1) * (sequence.due - sequence.request.arrival):
+                    break
+                blocked.add(sequence.request.model)
+                continue
+            self.leave(sequence)
+            sequence.table = self._pool.open(sequence.request.model, device)
+            sequence.move(State.PREFILLING)
+            demands[device].running += 1
+            demands[device].wanted += self._wants(sequence)
+            started.append(sequence)
+        return started
+
+    def _first(self, blocked: set[ModelIndex]) -> Sequence | None:
+        heads = [line[0] for model, line in self._lines.items() if line and model not in blocked]
+        return min(heads, key=lambda s: s.order, default=None)
+
+    def _demands(self, running: Iterable[Sequence]) -> list[_Demand]:
+        demands = [_Demand(self._pool.free_on(device)) for device in self._pool.devices]
+        for sequence in running:
+            if sequence.table is not None:
+                demand = demands[sequence.table.device]
+                demand.running += 1
+                demand.wanted += self._wants(sequence)
+        return demands
+
+    def _place(self, sequence: Sequence, demands: list[_Demand]) -> KvDevice | None:
+        """The KV device with most pages to spare, if the sequence may start there."""
+        best = max(range(len(demands)), key=lambda index: (demands[index].spare, -index))
+        demand = demands[best]
+        if sum(d.running for d in demands) >= self._max_running:
+            return None
+        needed = self._pool.pages_for(sequence.request.model, sequence.known + 1)
+        idle = next((index for index, d in enumerate(demands) if d.running == 0), None)
+        if needed <= demand.spare:
+            return KvDevice(best)
+        return None if idle is None else KvDevice(idle)
+
+    def _wants(self, sequence: Sequence) -> int:
+        """Pages still lacking for the known tokens, and one chunk to grow."""
+        assert sequence.table is not None
+        model = sequence.request.model
+        known = self._pool.pages_for(model, sequence.known)
+        return max(0, known - sequence.table.pages) + len(sequence.table.groups)

@@ -1,0 +1,317 @@
+"""The scheduler: admission, batching and pipeline over all models.
+
+``schedule`` makes grants; ``take_token`` and ``retire`` take what came of them. No torch, no threads, no clock
+of its own. Models advance independently: each has at most a few micro-batches in flight, and nobody waits for
+another model's step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import count
+
+from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenEvent
+from crosspool.core.config import SchedulerConfig
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
+from crosspool.core.request import FinishReason, Request
+from crosspool.pools.kv import KvPool
+from crosspool.scheduler.admission import Admission
+from crosspool.scheduler.batching import choose_chunks, choose_decodes, decode_row, phase_of, prefill_row
+from crosspool.scheduler.pipeline import Pipeline, Times
+from crosspool.scheduler.sequence import Sequence, State
+
+Lane = tuple[ModelIndex, KvDevice, Phase]
+
+
+class Scheduler:
+    """All sequences from arrival to their last page given back.
+
+    ``targets`` gives each model's (TTFT, TBT) targets in ns; ``lanes`` is how many micro-batches of one
+    phase a lone model may have in flight (2 where the pools are on different devices).
+    """
+
+    def __init__(
+        self,
+        pool: KvPool,
+        pipeline: Pipeline,
+        config: SchedulerConfig,
+        targets: Mapping[ModelIndex, tuple[Nanoseconds, Nanoseconds]],
+        *,
+        lanes: int,
+    ) -> None:
+        self._pool = pool
+        self._pipeline = pipeline
+        self._config = config
+        self._targets = dict(targets)
+        self._most_lanes = lanes
+        self._admission = Admission(pool, max_waiting=config.max_waiting, max_running=config.max_running)
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._running: dict[RequestId, Sequence] = {}
+        self._stalled: dict[RequestId, int] = {}
+        self._grants: dict[GrantId, Grant] = {}
+        self._in_lane: Counter[Lane] = Counter()
+        self._ids = count()
+        self.moves: Counter[tuple[State, State]] = Counter()
+        self.preemptions: Counter[ModelIndex] = Counter()
+
+    # -- requests -------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """A new request that fits the pool. Raises OverloadedError if its model's line is full."""
+        ttft, tbt = self._targets[request.model]
+        sequence = Sequence(request, Nanoseconds(request.arrival + ttft), tbt, self.moves)
+        self._admission.join(sequence)
+        self._sequences[request.id] = sequence
+
+    def get(self, request: RequestId) -> Sequence | None:
+        """The sequence, unless it has finished."""
+        return self._sequences.get(request)
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """End a sequence now. Returns whether a micro-batch in flight must be told to drop its rows."""
+        if sequence.finish is not None:
+            return False
+        sequence.finish = reason
+        if not sequence.idle:
+            sequence.move(State.DRAINING)
+            return True
+        if sequence.state is State.WAITING:
+            self._admission.leave(sequence)
+        self._forget(sequence)
+        return False
+
+    def waiting(self, model: ModelIndex) -> int:
+        return self._admission.waiting(model)
+
+    def running(self, model: ModelIndex) -> int:
+        return sum(1 for sequence in self._running.values() if sequence.request.model == model)
+
+    def __len__(self) -> int:
+        """Sequences that have not given back everything."""
+        return len(self._sequences)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._grants)
+
+    # -- decisions ------------------------------------------------------------------------------------
+
+    def schedule(self, now: Nanoseconds) -> list[Grant]:
+        """Every micro-batch that can be put in flight now. Its pages are held before it is returned."""
+        self._serve_stalled()
+        for sequence in self._admission.admit(self._running.values(), now):
+            self._running[sequence.request.id] = sequence
+        grants: list[Grant] = []
+        limit = self._lane_limit()
+        for lane, sequences in sorted(self._idle_by_lane().items(), key=lambda item: item[0]):
+            while self._in_lane[lane] < limit:
+                grant = self._form(lane, sequences, limit)
+                if grant is None:
+                    break
+                grants.append(grant)
+        return grants
+
+    def _serve_stalled(self) -> None:
+        """Those who wait for pages come first, in deadline order, whatever else their model has in flight."""
+        if not self._stalled:
+            return
+        for sequence in sorted((self._sequences[r] for r in self._stalled), key=lambda s: s.order):
+            tokens = self._stalled.get(sequence.request.id)
+            if tokens is not None and self._secure(sequence, tokens):
+                self._stalled.pop(sequence.request.id, None)
+
+    def _idle_by_lane(self) -> dict[Lane, list[Sequence]]:
+        idle: dict[Lane, list[Sequence]] = {}
+        for sequence in self._running.values():
+            if sequence.grant is None:
+                table = sequence.table
+                assert table is not None
+                lane = (sequence.request.model, table.device, phase_of(sequence))
+                idle.setdefault(lane, []).append(sequence)
+        return idle
+
+    def _lane_limit(self) -> int:
+        """Micro-batches of one phase per model and device. A lone model on two devices splits its work in
+        two, so that neither side idles."""
+        if self._most_lanes == 1 or len({s.request.model for s in self._running.values()}) > 1:
+            return 1
+        return self._most_lanes
+
+    def _form(self, lane: Lane, sequences: list[Sequence], limit: int) -> Grant | None:
+        """One micro-batch of this lane's idle sequences, or None if there is none or no page for it."""
+        ready = [s for s in sequences if s.idle and s.table is not None and s.request.id not in self._stalled]
+        if not ready:
+            return None
+        if lane[2] is Phase.DECODE:
+            return self._form_decode(lane, ready, limit)
+        return self._form_prefill(lane, ready)
+
+    def _form_decode(self, lane: Lane, ready: list[Sequence], limit: int) -> Grant | None:
+        most = self._config.max_batch_rows
+        if limit > 1:
+            most = min(most, max(1, -(-len(ready) // (limit - self._in_lane[lane]))))
+        members: list[tuple[Sequence, int]] = []
+        for sequence in choose_decodes(ready, most):
+            steps = self._secure_steps(sequence)
+            if steps:
+                members.append((sequence, steps))
+        members = [(s, steps) for s, steps in members if s.table is not None and s.state is State.DECODING]
+        if not members:
+            return None
+        times = self._pipeline.decode_times(lane[0], [s for s, _ in members])
+        rows = [decode_row(s, steps) for s, steps in members]
+        return self._grant(lane, [s for s, _ in members], rows, max(steps for _, steps in members), times)
+
+    def _form_prefill(self, lane: Lane, ready: list[Sequence]) -> Grant | None:
+        chunks = choose_chunks(ready, self._pipeline.chunk_tokens(lane[0]), self._config)
+        chunks = [(s, tokens) for s, tokens in chunks if self._secure_or_stall(s, s.computed + tokens)]
+        chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
+        if not chunks:
+            return None
+        times = self._pipeline.prefill_times(lane[0], chunks)
+        rows = [prefill_row(s, tokens) for s, tokens in chunks]
+        return self._grant(lane, [s for s, _ in chunks], rows, 1, times)
+
+    def _grant(
+        self,
+        lane: Lane,
+        sequences: Iterable[Sequence],
+        rows: Iterable[Row],
+        steps: int,
+        times: Times,
+    ) -> Grant:
+        model, device, phase = lane
+        grant = Grant(GrantId(next(self._ids)), model, phase, device, tuple(rows), steps, *times)
+        for sequence in sequences:
+            sequence.grant = grant.id
+        self._grants[grant.id] = grant
+        self._in_lane[lane] += 1
+        self._pipeline.submitted(grant)
+        return grant
+
+    # -- pages ----------------------------------------------------------------------------------------
+
+    def _secure_steps(self, sequence: Sequence) -> int:
+        """Decode steps for which the sequence holds pages: as configured, fewer, or 0 (stalled)."""
+        assert sequence.table is not None
+        wanted = min(self._config.decode_steps, sequence.remaining)
+        if self._pool.grow(sequence.table, sequence.known + wanted - 1):
+            return wanted
+        if not self._secure_or_stall(sequence, sequence.known):
+            return 0
+        return min(wanted, sequence.table.tokens - sequence.known + 1)
+
+    def _secure_or_stall(self, sequence: Sequence, tokens: int) -> bool:
+        if sequence.table is not None and self._secure(sequence, tokens):
+            return True
+        if sequence.table is not None:
+            self._stalled[sequence.request.id] = tokens
+        return False
+
+    def _secure(self, sequence: Sequence, tokens: int) -> bool:
+        """Hold pages for ``tokens`` tokens, preempting the latest deadlines if the pool is short."""
+        assert sequence.table is not None
+        while not self._pool.grow(sequence.table, tokens):
+            victim = self._latest_after(sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _latest_after(self, sequence: Sequence) -> Sequence | None:
+        """The sequence of latest deadline that holds pages there, is not in flight, and is due later."""
+        assert sequence.table is not None
+        device = sequence.table.device
+        later = (
+            other
+            for other in self._running.values()
+            if other.idle
+            and other.order > sequence.order
+            and other.table is not None
+            and other.table.device == device
+            and other.table.pages
+        )
+        return max(later, key=lambda s: s.order, default=None)
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Take all its pages; it goes back to its line and recomputes them. Its output does not change."""
+        self._give_back(victim)
+        victim.computed = 0
+        victim.preemptions += 1
+        self.preemptions[victim.request.model] += 1
+        victim.move(State.WAITING)
+        self._admission.rejoin(victim)
+
+    # -- results --------------------------------------------------------------------------------------
+
+    def take_token(self, event: TokenEvent, now: Nanoseconds) -> Request | None:
+        """A row has a new token. Returns its request, or None if it had ended before."""
+        sequence = self._sequences.get(event.request)
+        if sequence is None or sequence.grant != event.grant:
+            raise InvariantError(f"a token of grant {event.grant} came for request {event.request}")
+        if sequence.finish is not None:
+            return None
+        sequence.output.append(event.token)
+        sequence.last_token_at = now
+        if event.finish is not None:
+            sequence.finish = event.finish
+            sequence.move(State.DRAINING)
+        return sequence.request
+
+    def retire(self, event: RetiredEvent) -> list[Request]:
+        """A micro-batch is over; its rows are idle again, or give their pages back if they have ended.
+
+        Returns the requests that end because the micro-batch failed.
+        """
+        grant = self._grants.pop(event.grant)
+        self._in_lane[grant.model, grant.kv_device, grant.phase] -= 1
+        self._pipeline.retired(grant, event.layer_times)
+        failed: list[Request] = []
+        for row in grant.rows:
+            sequence = self._sequences[row.request]
+            sequence.grant = None
+            if event.error is not None and sequence.finish is None:
+                sequence.finish = FinishReason.ERROR
+                failed.append(sequence.request)
+            if sequence.finish is not None:
+                self._forget(sequence)
+            else:
+                self._advance(sequence, row)
+        return failed
+
+    def _advance(self, sequence: Sequence, row: Row) -> None:
+        """Count what the row computed: its inputs, and each token it made but the last."""
+        made = 0 if row.choice is None else len(sequence.output) - row.choice.output_index
+        if row.choice is not None and made == 0:
+            raise InvariantError(f"a grant retired without a token for request {row.request}")
+        sequence.computed = row.start + len(row.tokens) + max(0, made - 1)
+        if sequence.state is State.PREFILLING and made:
+            sequence.move(State.DECODING)
+        assert sequence.table is not None
+        self._pool.trim(sequence.table, sequence.computed)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._give_back(sequence)
+        sequence.move(State.FINISHED)
+        del self._sequences[sequence.request.id]
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self._pool.release(sequence.table)
+            sequence.table = None
+        self._running.pop(sequence.request.id, None)
+        self._stalled.pop(sequence.request.id, None)
+
+    def check(self) -> None:
+        """Raise InvariantError unless pages, tables and states agree. For tests and for idle moments."""
+        self._pool.check(s.table for s in self._sequences.values() if s.table is not None)
+        for sequence in self._sequences.values():
+            holds = sequence.table is not None
+            if holds == (sequence.state in (State.WAITING, State.FINISHED)):
+                raise InvariantError(f"request {sequence.request.id} is {sequence.state}, pages: {holds}")
+            if holds != (sequence.request.id in self._running):
+                raise InvariantError(f"request {sequence.request.id} runs without pages, or the reverse")
+        if not self._sequences and self._pool.free != self._pool.total:
+            raise InvariantError(f"nobody runs, but {self._pool.total - self._pool.free} pages are held")

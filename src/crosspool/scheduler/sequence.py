@@ -1,0 +1,106 @@
+"""One request on its way through the scheduler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import GrantId, Nanoseconds
+from crosspool.core.request import FinishReason, Request
+from crosspool.pools.kv import PageTable
+
+
+class State(StrEnum):
+    """Where a sequence is. Only a WAITING or FINISHED sequence holds no page table."""
+
+    WAITING = "waiting"
+    """Holds nothing; in its model's line."""
+    PREFILLING = "prefilling"
+    """Its known tokens are being computed, chunk by chunk."""
+    DECODING = "decoding"
+    """All but its newest token are computed."""
+    DRAINING = "draining"
+    """It has ended, but a micro-batch in flight still uses its pages."""
+    FINISHED = "finished"
+
+
+TRANSITIONS = frozenset(
+    {
+        (State.WAITING, State.PREFILLING),
+        (State.WAITING, State.FINISHED),
+        (State.PREFILLING, State.DECODING),
+        (State.PREFILLING, State.WAITING),
+        (State.PREFILLING, State.DRAINING),
+        (State.PREFILLING, State.FINISHED),
+        (State.DECODING, State.WAITING),
+        (State.DECODING, State.DRAINING),
+        (State.DECODING, State.FINISHED),
+        (State.DRAINING, State.FINISHED),
+    }
+)
+"""Every move there is. PREFILLING or DECODING to WAITING is preemption."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """What is stored is little; lengths are derived.
+
+    ``due`` (arrival + TTFT target) orders admission and preemption for the sequence's whole life: the
+    earliest is never preempted, so somebody always comes through. ``computed`` is the number of positions
+    whose KV is in pages.
+    """
+
+    request: Request
+    due: Nanoseconds
+    tbt_target: Nanoseconds
+    moves: Counter[tuple[State, State]]
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    state: State = State.WAITING
+    table: PageTable | None = None
+    grant: GrantId | None = None
+    last_token_at: Nanoseconds = Nanoseconds(0)
+    preemptions: int = 0
+    finish: FinishReason | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Deadline order, total because ids differ."""
+        return (self.due, self.request.id)
+
+    @property
+    def known(self) -> int:
+        """Number of tokens that exist: prompt and output."""
+        return len(self.request.prompt_token_ids) + len(self.output)
+
+    @property
+    def pending(self) -> int:
+        """Known tokens whose KV is not computed yet."""
+        return self.known - self.computed
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still make."""
+        return self.request.max_tokens - len(self.output)
+
+    @property
+    def idle(self) -> bool:
+        """No micro-batch in flight has a row of it."""
+        return self.grant is None
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Known tokens at positions start..stop-1."""
+        prompt = self.request.prompt_token_ids
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        output = self.output[max(0, start - len(prompt)) : stop - len(prompt)]
+        return prompt[start:] + tuple(output)
+
+    def move(self, to: State) -> None:
+        """Raises InvariantError for a move that is not in TRANSITIONS."""
+        if (self.state, to) not in TRANSITIONS:
+            raise InvariantError(f"request {self.request.id} cannot move from {self.state} to {to}")
+        self.moves[self.state, to] += 1
+        self.state = to
