@@ -1,0 +1,1 @@
+"""What a device is to the workers: its memory and its threads. The only place that knows vendors."""

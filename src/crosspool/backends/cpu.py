@@ -1,0 +1,60 @@
+"""Logical CPU devices: a share of the cores each, and the host's memory together."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosspool.backends.host_memory import free_bytes, total_bytes
+from crosspool.core.errors import ConfigError, OutOfMemoryError
+
+
+@dataclass(frozen=True, slots=True)
+class CpuBackend:
+    """``cores`` are the operating system's numbers of the cores on which this device's threads run."""
+
+    name: str
+    cores: tuple[int, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return total_bytes()
+
+    @property
+    def free_bytes(self) -> int:
+        return free_bytes()
+
+    def new_arena(self, num_pages: int, page_bytes: int) -> Tensor:
+        """An anonymous private mapping, so that the kernel gives (zeroed) memory at the first write."""
+        size = num_pages * page_bytes
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError):
+            raise OutOfMemoryError(
+                f"{num_pages:,} KV pages on {self.name}", needed=size, free=self.free_bytes
+            ) from None
+        return torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
+
+    def bind_thread(self) -> None:
+        os.sched_setaffinity(0, self.cores)
+        torch.set_num_threads(len(self.cores))
+
+
+def make_cpu_backends(devices: Mapping[str, int], threads: int | None) -> tuple[CpuBackend, ...]:
+    """``devices`` maps names to logical numbers. Device n has the n-th share of the cores, modulo the shares.
+
+    With more devices than cores, each has one core and shares it.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if threads is not None and threads > len(cores):
+        raise ConfigError(f"threads is {threads}, but this process may run on {len(cores)} cores only")
+    share = threads or max(1, len(cores) // len(devices))
+    return tuple(
+        CpuBackend(name, tuple(sorted({cores[(number * share + i) % len(cores)] for i in range(share)})))
+        for name, number in devices.items()
+    )
