@@ -36,8 +36,9 @@ class LayerTask:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One grant on its way. ``alive`` are the rows that still want tokens; ``passed`` counts prefill layer
-    tasks that went before the current token out of its slack (see core/pick.py)."""
+    """One grant on its way. ``alive`` are the rows that still want tokens (one set for the batch's whole life);
+    ``passed`` counts prefill layer tasks that went before the current token out of its slack (see
+    core/pick.py)."""
 
     grant: Grant
     start_by: int
@@ -49,6 +50,7 @@ class MicroBatch:
     unstarted: list[tuple[Team, int]] = field(default_factory=list)
     parts: int = 1
     running: int = 0
+    failed: bool = False
 
     @property
     def decoding(self) -> bool:
@@ -96,11 +98,14 @@ class InFlight:
         whoever waits for it.
         """
         batches = list(self._batches.values())
-        for batch in batches:
-            if 0 < len(batch.unstarted) < batch.parts and self._part_for(batch, team) is not None:
+        ready = [self._part_for(batch, team) is not None for batch in batches]
+        if not any(ready):
+            return None
+        for batch, here in zip(batches, ready, strict=True):
+            if here and len(batch.unstarted) < batch.parts:
                 return self._begin(batch, team)
         chosen = pick(
-            [self._part_for(batch, team) is not None for batch in batches],
+            ready,
             [not batch.decoding for batch in batches],
             [batch.start_by for batch in batches],
             [batch.grant.id for batch in batches],
@@ -118,7 +123,7 @@ class InFlight:
     def finish(self, task: LayerTask, now: Nanoseconds, ended: Sequence[RequestId] = ()) -> bool:
         """A layer task is done. ``ended`` are the rows for which the head chose their last token.
 
-        Returns whether the micro-batch has retired: nothing of it will run again.
+        Returns whether the micro-batch has retired: nothing of it runs or will run again.
         """
         batch = self._batches[task.grant]
         batch.running -= 1
@@ -126,17 +131,23 @@ class InFlight:
         if batch.unstarted or batch.running:
             return False
         self._chunks_running.pop(task.grant, None)
-        self._advance(batch, now)
-        if batch.alive and batch.step < batch.grant.steps:
-            self._enter(batch)
-            return False
+        if not batch.failed:
+            self._advance(batch, now)
+            if batch.alive and batch.step < batch.grant.steps:
+                self._enter(batch)
+                return False
         del self._batches[task.grant]
         return True
 
-    def drop(self, grant: GrantId) -> None:
-        """Forget a micro-batch that failed. None of its tasks may be running."""
-        del self._batches[grant]
-        self._chunks_running.pop(grant, None)
+    def fail(self, task: LayerTask, now: Nanoseconds) -> bool:
+        """A layer task could not be done: nothing more of its micro-batch starts.
+
+        Returns whether the micro-batch has retired; if not, ``finish`` of its last running task says so.
+        """
+        batch = self._batches[task.grant]
+        batch.failed = True
+        batch.unstarted.clear()
+        return self.finish(task, now)
 
     def _begin(self, batch: MicroBatch, team: Team) -> LayerTask:
         part = self._part_for(batch, team)
