@@ -59,8 +59,8 @@ def plan_pools(config: EngineConfig, specs: Sequence[ModelSpec], available_bytes
         )
     if pages < smallest:
         raise ConfigError(
-            f"a KV pool of {kv_pool:,} bytes on {devices} device(s) has {pages} pages of {page_bytes:,} bytes "
-            f"on each; at least {smallest} are needed for the shortest sequence"
+            f"a KV pool of {kv_pool:,} bytes on {devices} device(s) has {pages} pages of {page_bytes:,} "
+            f"bytes on each; at least {smallest} are needed for the shortest sequence"
         )
     return PoolPlan(page_bytes, pages, devices, weights_pool, layouts)
 
@@ -75,8 +75,11 @@ def assemble(
     clock: Clock,
     profile: HardwareProfile | None = None,
 ) -> Engine:
-    """The engine over an executor. ``specs`` holds the models that loaded, in the order of the plan's layouts;
-    ``models`` every configured one."""
+    """The engine over an executor.
+
+    ``specs`` holds the models that loaded, in the order of the plan's layouts; ``models`` every configured
+    one.
+    """
     pool = KvPool(
         dict(zip(specs, plan.layouts, strict=True)),
         devices=plan.kv_devices,

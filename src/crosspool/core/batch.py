@@ -108,3 +108,18 @@ class RetiredEvent:
 
 
 Event = TokenEvent | RetiredEvent
+
+
+def row_after(row: Row, made: int, token: int) -> tuple[FinishReason | None, bool]:
+    """What follows from a row's new token: why its request ends, if it does, and whether the row leaves the
+    grant.
+
+    ``made`` counts the tokens of this row in this grant, the new one included.
+    """
+    choice = row.choice
+    assert choice is not None
+    if token in choice.stop_token_ids and choice.output_index + made > choice.params.min_tokens:
+        return FinishReason.STOP, True
+    if made == choice.remaining:
+        return FinishReason.LENGTH, True
+    return None, made == row.steps

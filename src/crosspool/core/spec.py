@@ -78,7 +78,8 @@ class MlaSpec:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
     KV per token and layer: the compressed latent and one rotary key shared by all heads, never the expanded
-    keys and values. ``q_lora_rank`` None: queries are projected directly.
+    keys and values. ``q_lora_rank`` None: queries are projected directly. ``latent_norm_eps`` is that of the
+    norms of the latents, which public implementations do not take from the config.
     """
 
     num_heads: int
@@ -89,6 +90,7 @@ class MlaSpec:
     v_head_dim: int
     scale: float
     bias: bool = False
+    latent_norm_eps: float = 1e-6
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -145,12 +147,16 @@ class FfnSpec:
     shared_intermediate: int = 0
 
     def weights(self, hidden: int) -> int:
-        """Number of weights of this FFN for a model of width ``hidden``."""
+        """Number of weights in model dtype of this FFN, for a model of width ``hidden``."""
         if self.router is None:
             return 3 * hidden * self.intermediate
         experts = self.router.num_experts
-        router = experts * hidden + (experts if self.router.selection_bias else 0)
-        return router + 3 * hidden * (experts * self.intermediate + self.shared_intermediate)
+        return experts * hidden + 3 * hidden * (experts * self.intermediate + self.shared_intermediate)
+
+    @property
+    def selection_bias_bytes(self) -> int:
+        """The router's selection bias, which is kept in float32."""
+        return 4 * self.router.num_experts if self.router is not None and self.router.selection_bias else 0
 
     def active_weights(self, hidden: int) -> int:
         """Weights that one token reads: router, its experts, shared experts."""
@@ -199,7 +205,8 @@ class ModelSpec:
 
     def ffn_bytes(self, layer: int) -> int:
         """Bytes of the FFN weights of one layer."""
-        return self.layers[layer].ffn.weights(self.hidden_size) * self.dtype.bytes
+        ffn = self.layers[layer].ffn
+        return ffn.weights(self.hidden_size) * self.dtype.bytes + ffn.selection_bias_bytes
 
     @property
     def total_ffn_bytes(self) -> int:

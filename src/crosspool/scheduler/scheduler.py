@@ -1,8 +1,8 @@
 """The scheduler: admission, batching and pipeline over all models.
 
-``schedule`` makes grants; ``take_token`` and ``retire`` take what came of them. No torch, no threads, no clock
-of its own. Models advance independently: each has at most a few micro-batches in flight, and nobody waits for
-another model's step.
+``schedule`` makes grants; ``take_token`` and ``retire`` take what came of them. No torch, no threads, no
+clock of its own. Models advance independently: each has at most a few micro-batches in flight, and nobody
+waits for another model's step.
 """
 
 from __future__ import annotations
@@ -195,19 +195,24 @@ class Scheduler:
 
     def _secure_steps(self, sequence: Sequence) -> int:
         """Decode steps for which the sequence holds pages: as configured, fewer, or 0 (stalled)."""
-        assert sequence.table is not None
         wanted = min(self._config.decode_steps, sequence.remaining)
-        if self._pool.grow(sequence.table, sequence.known + wanted - 1):
+        if sequence.table is not None and self._pool.grow(sequence.table, sequence.known + wanted - 1):
             return wanted
         if not self._secure_or_stall(sequence, sequence.known):
             return 0
+        assert sequence.table is not None
         return min(wanted, sequence.table.tokens - sequence.known + 1)
 
     def _secure_or_stall(self, sequence: Sequence, tokens: int) -> bool:
-        if sequence.table is not None and self._secure(sequence, tokens):
+        """Hold pages for ``tokens`` tokens; if that cannot be now, the sequence is served first next time.
+
+        False also for a sequence that an earlier member of the same micro-batch has just preempted.
+        """
+        if sequence.table is None:
+            return False
+        if self._secure(sequence, tokens):
             return True
-        if sequence.table is not None:
-            self._stalled[sequence.request.id] = tokens
+        self._stalled[sequence.request.id] = tokens
         return False
 
     def _secure(self, sequence: Sequence, tokens: int) -> bool:
