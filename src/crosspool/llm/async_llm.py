@@ -1,0 +1,172 @@
+"""AsyncLLM: streams of text over any engine, here or in another process. The server is built on it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from itertools import count
+from typing import Any, Self
+
+from crosspool.core.ids import RequestId
+from crosspool.core.info import EngineStats, ModelInfo
+from crosspool.core.request import EngineOutput, Request
+from crosspool.core.sampling import SamplingParams
+from crosspool.engine.client import EngineClient
+from crosspool.llm.fronts import Fronts
+from crosspool.llm.options import Models, engine_config
+from crosspool.text.chat_template import Message
+from crosspool.text.front import ModelFront, Prompt, Submission
+from crosspool.text.output import OutputAssembler, TextDelta
+
+
+class AsyncLLM:
+    """Prompts in, streams of TextDelta out. Used from one event loop.
+
+    Owns the client and the fronts: ``close`` closes them. ``generator`` seeds requests that have no seed.
+    """
+
+    def __init__(
+        self, client: EngineClient, fronts: Iterable[ModelFront], *, generator: random.Random | None = None
+    ) -> None:
+        self._client = client
+        self._fronts = Fronts(client.info, fronts)
+        self._generator = generator or random.Random()
+        self._ids = count()
+
+    @classmethod
+    async def open(cls, client: EngineClient) -> Self:
+        """Over an engine, with the tokenizers and templates of its models' folders."""
+        serving = [model for model in client.info.models if model.error is None]
+        return cls(client, await asyncio.gather(*(asyncio.to_thread(ModelFront.open, m) for m in serving)))
+
+    @classmethod
+    async def build(cls, models: Models, **options: Any) -> Self:
+        """With an engine of its own in this process; takes LLM's keyword arguments but for the seed."""
+        from crosspool.build.runtime import (
+            build_engine,
+        )  # torch, which a front of a remote engine has no use for
+        from crosspool.engine.async_engine import AsyncEngine
+
+        engine = await asyncio.to_thread(build_engine, engine_config(models, **options))
+        return await cls.open(AsyncEngine(engine))
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        return self._client.info.models
+
+    def front(self, model: str | None) -> ModelFront:
+        """Tokenizer and template of a model. Raises ModelNotFoundError or ModelUnavailableError."""
+        return self._fronts.get(model)
+
+    async def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, model: str | None = None
+    ) -> Submission:
+        """Check and tokenize a prompt, off the event loop. What is wrong with it is raised here:
+        RequestError or ModelUnavailableError."""
+        front = self._fronts.get(model)
+        token_ids = await asyncio.to_thread(front.prompt_tokens, prompt)
+        return self._submission(front, token_ids, params)
+
+    async def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Submission:
+        """The same for a conversation, rendered by the model's chat template."""
+        front = self._fronts.get(model)
+        token_ids = await asyncio.to_thread(
+            front.chat_tokens, messages, tools=tools, variables=chat_template_kwargs
+        )
+        return self._submission(front, token_ids, params)
+
+    async def stream(self, *submissions: Submission) -> AsyncGenerator[TextDelta, None]:
+        """Run them all and yield deltas as they come, each choice until one with a finish reason.
+
+        Choices are numbered through all submissions in order, n for each. Closing the generator or cancelling
+        its task aborts what still runs, and so does an error: OverloadedError, EngineDeadError,
+        ModelUnavailableError.
+        """
+        choices: list[AsyncGenerator[TextDelta, None]] = []
+        for submission in submissions:
+            assemblers = submission.assemblers(first_index=len(choices))
+            choices += map(self._choice, submission.requests, assemblers)
+        async with aclosing(choices[0] if len(choices) == 1 else _merge(choices)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, model: str | None = None
+    ) -> AsyncGenerator[TextDelta, None]:
+        """``prepare`` and ``stream`` in one."""
+        async with aclosing(self.stream(await self.prepare(prompt, params, model=model))) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def stats(self) -> EngineStats:
+        return await self._client.stats()
+
+    async def close(self) -> None:
+        """Close the engine's client and end the template processes."""
+        await asyncio.to_thread(self._fronts.close)
+        await self._client.close()
+
+    def _submission(
+        self, front: ModelFront, token_ids: tuple[int, ...], params: SamplingParams | None
+    ) -> Submission:
+        return front.submit(
+            token_ids, params or SamplingParams(), lambda: RequestId(next(self._ids)), self._generator
+        )
+
+    async def _choice(self, request: Request, assembler: OutputAssembler) -> AsyncGenerator[TextDelta, None]:
+        outputs = self._client.generate(request)
+        try:
+            async for output in outputs:
+                if assembler.finished:
+                    continue  # what the engine made before it heard of the stop string
+                delta = assembler.feed(output)
+                if assembler.finish_at is not None:
+                    self._client.finish(request.id, assembler.finish_at)
+                yield delta
+        finally:
+            await _close(outputs)
+
+
+async def _close(outputs: AsyncIterator[EngineOutput]) -> None:
+    if isinstance(outputs, AsyncGenerator):
+        await outputs.aclose()
+
+
+async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
+    """Items of all streams as they come. An error in one ends them all."""
+    arrivals: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+
+    async def forward(stream: AsyncGenerator[TextDelta, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    arrivals.put_nowait(item)
+            arrivals.put_nowait(None)
+        except Exception as error:
+            arrivals.put_nowait(error)
+
+    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
+    try:
+        open_streams = len(tasks)
+        while open_streams:
+            item = await arrivals.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_streams -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

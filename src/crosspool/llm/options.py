@@ -1,0 +1,60 @@
+"""The keyword arguments of LLM and AsyncLLM, turned into an EngineConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+
+from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.errors import ConfigError
+from crosspool.core.topology import Sharding
+
+Folder = str | PathLike[str]
+Models = Mapping[str, Folder] | Sequence[Folder | ModelConfig]
+
+
+def engine_config(
+    models: Models,
+    *,
+    kv_pool_bytes: int | None = None,
+    weights_pool_bytes: int | None = None,
+    page_bytes: int | None = None,
+    dtype: str = "auto",
+    kv_devices: Sequence[str] = ("cpu:0",),
+    weights_devices: Sequence[str] = ("cpu:0",),
+    sharding: Sharding | str = Sharding.LAYER,
+    threads: int | None = None,
+    scheduler: SchedulerConfig | None = None,
+) -> EngineConfig:
+    """The configuration of an engine; see EngineConfig for what the values mean. Raises ConfigError."""
+    if sharding not in tuple(Sharding):
+        raise ConfigError(f"sharding must be {' or '.join(Sharding)}, not {sharding!r}")
+    return EngineConfig(
+        models=model_configs(models, dtype),
+        pools=PoolConfig(
+            kv_pool_bytes=kv_pool_bytes, weights_pool_bytes=weights_pool_bytes, page_bytes=page_bytes
+        ),
+        scheduler=scheduler or SchedulerConfig(),
+        kv_devices=tuple(kv_devices),
+        weights_devices=tuple(weights_devices),
+        sharding=Sharding(sharding),
+        threads=threads,
+    )
+
+
+def model_configs(models: Models, dtype: str = "auto") -> tuple[ModelConfig, ...]:
+    """Models given as {name: folder}, or as a list of "name=folder", folders (whose last part is the name)
+    and ModelConfigs, which keep their own dtype. Raises ConfigError."""
+    if isinstance(models, str | PathLike):
+        raise ConfigError(f"models must be a mapping or a list, not {models!r}")
+    if isinstance(models, Mapping):
+        return tuple(ModelConfig(name, fspath(folder), dtype) for name, folder in models.items())
+    return tuple(model if isinstance(model, ModelConfig) else _named(model, dtype) for model in models)
+
+
+def _named(model: Folder, dtype: str) -> ModelConfig:
+    name, equals, folder = fspath(model).partition("=")
+    if equals and not Path(model).is_dir():
+        return ModelConfig(name, folder, dtype)
+    return ModelConfig(Path(model).resolve().name, fspath(model), dtype)
