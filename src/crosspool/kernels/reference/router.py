@@ -1,0 +1,42 @@
+"""Expert choice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def router(
+    hidden: Tensor,
+    weight: Tensor,
+    selection_bias: Tensor | None,
+    *,
+    top_k: int,
+    scoring: str,
+    normalise: bool,
+    scale: float,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+) -> tuple[Tensor, Tensor]:
+    """See interface.Router. The bias decides who is chosen and never enters the weights."""
+    logits = functional.linear(hidden.float(), weight.float())
+    scores = logits.softmax(dim=-1) if scoring == "softmax" else logits.sigmoid()
+    ranked = scores if selection_bias is None else scores + selection_bias
+    if groups > 1:
+        ranked = _keep_best_groups(ranked, groups, top_groups, group_score)
+    chosen = ranked.topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if normalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return chosen, weights * scale
+
+
+def _keep_best_groups(ranked: Tensor, groups: int, top_groups: int, group_score: str) -> Tensor:
+    """Experts outside each token's best groups (arXiv 2405.04434) fall to minus infinity."""
+    grouped = ranked.view(len(ranked), groups, -1)
+    best = grouped.topk(1 if group_score == "max" else 2, dim=-1).values.sum(dim=-1)
+    kept = torch.zeros_like(best, dtype=torch.bool)
+    kept.scatter_(-1, best.topk(top_groups, dim=-1).indices, True)
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)

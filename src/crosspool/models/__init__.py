@@ -1,0 +1,1 @@
+"""Model families: public checkpoints in, an attention side and FFN halves out."""

@@ -1,0 +1,72 @@
+"""From a mapped checkpoint to the weights of the two sides."""
+
+from __future__ import annotations
+
+import torch
+
+from crosspool.core.spec import GqaSpec, ModelSpec
+from crosspool.kernels.interface import ExpertWeights
+from crosspool.models import registry, weight_names
+from crosspool.models.checkpoint import Checkpoint
+from crosspool.models.weight_names import ExpertSlots, TensorSlot
+from crosspool.models.weights import (
+    AttentionLayerWeights,
+    AttentionSideWeights,
+    FfnWeights,
+    GqaWeights,
+    MlaWeights,
+    torch_dtype,
+)
+
+__all__ = ["Checkpoint", "load_attention_side", "load_ffn"]
+
+
+def load_attention_side(spec: ModelSpec, checkpoint: Checkpoint) -> AttentionSideWeights:
+    """Everything that is not FFN: views of the mapped files where they store the model's dtype.
+
+    Raises MissingTensorError or TensorShapeError naming file and tensor.
+    """
+    model = _tensors(checkpoint, weight_names.model_slots(spec), spec)
+    model.setdefault("head", model["embedding"])
+    layers = tuple(_load_layer(spec, checkpoint, layer) for layer in range(spec.num_layers))
+    return AttentionSideWeights(layers=layers, **model)
+
+
+def _load_layer(spec: ModelSpec, checkpoint: Checkpoint, layer: int) -> AttentionLayerWeights:
+    norms = _tensors(checkpoint, weight_names.norm_slots(spec, layer), spec)
+    tensors = _tensors(checkpoint, weight_names.attention_slots(spec, layer), spec)
+    attention = GqaWeights(**tensors) if isinstance(spec.attention, GqaSpec) else MlaWeights(**tensors)
+    return AttentionLayerWeights(attention=attention, **norms)
+
+
+def load_ffn(spec: ModelSpec, checkpoint: Checkpoint, layer: int) -> FfnWeights:
+    """The FFN half of one layer: views of the mapped files where they store the model's dtype.
+
+    A selection bias is always float32: it decides between experts whose scores are close. Raises
+    MissingTensorError or TensorShapeError naming file and tensor.
+    """
+    names = registry.family(spec.architecture).names
+    slots = weight_names.ffn_slots(spec, names, layer)
+    dtype = torch_dtype(spec.dtype)
+
+    def expert(part: ExpertSlots) -> ExpertWeights:
+        return ExpertWeights(*(checkpoint.tensor(slot, dtype) for slot in part.all()))
+
+    return FfnWeights(
+        router=None if slots.router is None else checkpoint.tensor(slots.router, dtype),
+        selection_bias=(
+            None if slots.selection_bias is None else checkpoint.tensor(slots.selection_bias, torch.float32)
+        ),
+        experts=tuple(expert(part) for part in slots.experts),
+        shared=None if slots.shared is None else expert(slots.shared),
+        mapped=all(
+            checkpoint.stored_as(slot, dtype) for slot in slots.all() if slot is not slots.selection_bias
+        ),
+    )
+
+
+def _tensors(
+    checkpoint: Checkpoint, slots: dict[str, TensorSlot], spec: ModelSpec
+) -> dict[str, torch.Tensor]:
+    dtype = torch_dtype(spec.dtype)
+    return {field: checkpoint.tensor(slot, dtype) for field, slot in slots.items()}
