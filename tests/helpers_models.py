@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from crosspool.core.ids import NULL_PAGE
 from crosspool.core.kv_layout import make_layout
@@ -40,11 +42,13 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             if "norm" in name:
                 weight.copy_(1 + noise(weight, 0.3))
             elif name.endswith("bias"):
-                weight.copy_(noise(weight, 0.5))
-            elif "embed_tokens" in name:
+                weight.copy_(noise(weight, 0.2))
+            elif "embed_tokens" in name and not config.tie_word_embeddings:
                 weight.copy_(noise(weight, 1.0))
             else:
-                gain = 2.0 if ".gate.weight" in name or "lm_head" in name else 1.0
+                gain = (
+                    2.0 if any(part in name for part in (".gate.weight", "lm_head", "embed_tokens")) else 1.0
+                )
                 weight.copy_(noise(weight, gain * weight.shape[-1] ** -0.5))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -53,6 +57,7 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     return folder
 
@@ -108,7 +113,7 @@ class PagedModel:
         for size in chunks:
             bounds.append(bounds[-1] + size)
         bounds.append(len(tokens))
-        parts = [self.run({name: tokens[a:b]})[name] for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [self.run({name: tokens[a:b]})[name] for a, b in pairwise(bounds)]
         return torch.cat(parts)
 
     def greedy(self, name: str, first: int, count: int) -> tuple[list[int], Tensor]:
