@@ -1,0 +1,118 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from crosspool.llm import Submission, TextDelta
+from crosspool.server import generation, sse
+from crosspool.server.logprobs import chat_logprobs
+from crosspool.server.openai_requests import ChatRequest
+from crosspool.server.openai_responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatMessage,
+    Usage,
+    json_response,
+)
+from crosspool.server.state import ServerState
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        arrival = time.monotonic()
+        submission = await generation.unless_disconnected(request, _prepare(state, body))
+        deltas = generation.run(state, [submission], arrival)
+        if body.stream:
+            first = await generation.begin(request, deltas)
+            chunks = _Chunks(submission, with_usage=body.include_usage)
+            return sse.EventStream(chunks.events(generation.chain(first, deltas)), deltas)
+        collecting = generation.collect(deltas, len(submission.requests))
+        return json_response(_whole(submission, await generation.unless_disconnected(request, collecting)))
+
+    return routes
+
+
+async def _prepare(state: ServerState, body: ChatRequest) -> Submission:
+    return await state.llm.prepare_chat(
+        body.messages, body.sampling(), model=body.model, chat_template_kwargs=body.chat_template_kwargs
+    )
+
+
+def _whole(submission: Submission, choices: Sequence[generation.Choice]) -> ChatCompletion:
+    return ChatCompletion(
+        id=_new_id(),
+        object="chat.completion",
+        created=int(time.time()),
+        model=submission.model.name,
+        choices=[
+            ChatChoice(
+                index=index,
+                message=ChatMessage(role="assistant", content="".join(choice.text)),
+                logprobs=None if choice.logprobs is None else chat_logprobs(choice.logprobs),
+                finish_reason=str(choice.finish_reason),
+                stop_reason=choice.stop_reason,
+            )
+            for index, choice in enumerate(choices)
+        ],
+        usage=generation.usage([submission], sum(choice.output_tokens for choice in choices)),
+    )
+
+
+class _Chunks:
+    """The events of one stream: a choice's first chunk has its role, its last a finish reason.
+
+    With ``with_usage`` a chunk without choices comes last, and the others say that theirs is null.
+    """
+
+    def __init__(self, submission: Submission, *, with_usage: bool) -> None:
+        self._submission = submission
+        self._with_usage = with_usage
+        self._id = _new_id()
+        self._created = int(time.time())
+
+    async def events(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
+        output_tokens: dict[int, int] = {}
+        async for delta in deltas:
+            if delta.index not in output_tokens:
+                yield self._chunk(delta.index, ChatMessage(role="assistant", content=""))
+            output_tokens[delta.index] = delta.output_tokens
+            if delta.text or delta.logprobs or delta.finish_reason:
+                yield self._chunk(delta.index, ChatMessage(content=delta.text), delta)
+        if self._with_usage:
+            yield self._event([], generation.usage([self._submission], sum(output_tokens.values())))
+
+    def _chunk(self, index: int, message: ChatMessage, delta: TextDelta | None = None) -> bytes:
+        choice = ChatChunkChoice(index=index, delta=message, logprobs=None, finish_reason=None)
+        if delta is not None and delta.logprobs is not None:
+            choice.logprobs = chat_logprobs(delta.logprobs)
+        if delta is not None and delta.finish_reason is not None:
+            choice.finish_reason = str(delta.finish_reason)
+            choice.stop_reason = delta.stop_reason
+        return self._event([choice], None)
+
+    def _event(self, choices: list[ChatChunkChoice], usage: Usage | None) -> bytes:
+        chunk = ChatChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._submission.model.name,
+            choices=choices,
+        )
+        if self._with_usage:
+            chunk.usage = usage
+        return sse.event(chunk)
+
+
+def _new_id() -> str:
+    return f"chatcmpl-{uuid4().hex}"

@@ -1,0 +1,120 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from crosspool.core.errors import InvalidRequestError
+from crosspool.llm import Submission, TextDelta
+from crosspool.server import generation, sse
+from crosspool.server.logprobs import characters_begun, completion_logprobs
+from crosspool.server.openai_requests import CompletionRequest
+from crosspool.server.openai_responses import Completion, CompletionChoice, Usage, json_response
+from crosspool.server.state import ServerState
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        arrival = time.monotonic()
+        submissions = await generation.unless_disconnected(request, _prepare(state, body))
+        deltas = generation.run(state, submissions, arrival)
+        if body.stream:
+            first = await generation.begin(request, deltas)
+            chunks = _Chunks(submissions, with_usage=body.include_usage)
+            return sse.EventStream(chunks.events(generation.chain(first, deltas)), deltas)
+        collecting = generation.collect(deltas, sum(len(one.requests) for one in submissions))
+        return json_response(_whole(submissions, await generation.unless_disconnected(request, collecting)))
+
+    return routes
+
+
+async def _prepare(state: ServerState, body: CompletionRequest) -> list[Submission]:
+    """One submission per prompt, all checked before the first is run."""
+    prompts, params, most = body.prompts(), body.sampling(), state.config.limits.max_prompts
+    if len(prompts) > most:
+        raise InvalidRequestError(
+            f"prompt has {len(prompts)} prompts, at most {most} are taken", parameter="prompt"
+        )
+    llm = state.llm
+    return [await llm.prepare(prompt, params, model=body.model) for prompt in prompts]
+
+
+def _whole(submissions: Sequence[Submission], choices: Sequence[generation.Choice]) -> Completion:
+    return Completion(
+        id=_new_id(),
+        object="text_completion",
+        created=int(time.time()),
+        model=submissions[0].model.name,
+        choices=[
+            CompletionChoice(
+                index=index,
+                text="".join(choice.text),
+                logprobs=None if choice.logprobs is None else completion_logprobs(choice.logprobs),
+                finish_reason=str(choice.finish_reason),
+                stop_reason=choice.stop_reason,
+            )
+            for index, choice in enumerate(choices)
+        ],
+        usage=generation.usage(submissions, sum(choice.output_tokens for choice in choices)),
+    )
+
+
+class _Chunks:
+    """The events of one stream. With ``with_usage`` an event without choices comes last, and the others say
+    that theirs is null."""
+
+    def __init__(self, submissions: Sequence[Submission], *, with_usage: bool) -> None:
+        self._submissions = submissions
+        self._with_usage = with_usage
+        self._id = _new_id()
+        self._created = int(time.time())
+        self._offsets: Counter[int] = Counter()
+
+    async def events(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
+        output_tokens: dict[int, int] = {}
+        async for delta in deltas:
+            output_tokens[delta.index] = delta.output_tokens
+            if delta.text or delta.logprobs or delta.finish_reason:
+                yield self._event([self._choice(delta)], None)
+        if self._with_usage:
+            yield self._event([], generation.usage(self._submissions, sum(output_tokens.values())))
+
+    def _choice(self, delta: TextDelta) -> CompletionChoice:
+        logprobs = None
+        if delta.logprobs is not None:
+            logprobs = completion_logprobs(delta.logprobs, self._offsets[delta.index])
+            self._offsets[delta.index] += sum(
+                characters_begun(token.chosen.bytes) for token in delta.logprobs
+            )
+        return CompletionChoice(
+            index=delta.index,
+            text=delta.text,
+            logprobs=logprobs,
+            finish_reason=None if delta.finish_reason is None else str(delta.finish_reason),
+            stop_reason=delta.stop_reason,
+        )
+
+    def _event(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+        chunk = Completion(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._submissions[0].model.name,
+            choices=choices,
+        )
+        if self._with_usage:
+            chunk.usage = usage
+        return sse.event(chunk)
+
+
+def _new_id() -> str:
+    return f"cmpl-{uuid4().hex}"

@@ -1,0 +1,205 @@
+"""Requests in the shapes of OpenAI's API, with vLLM's further sampling fields.
+
+Fields that are not declared are ignored, as clients send many. Fields that would change the answer and are
+not served are declared, and refused unless they ask for what is done anyway. Numbers have their ranges in
+SamplingParams, which raises InvalidRequestError naming the field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from crosspool.core.errors import InvalidRequestError
+from crosspool.core.sampling import MAX_LOGPROBS, SamplingParams
+
+SAMPLING_FIELDS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+    *("skip_special_tokens", "include_stop_str_in_output"),
+)
+
+
+def _check_prompt(value: object) -> object:
+    """A prompt is text, token ids, or a list of either; said in one sentence instead of one per kind."""
+    if isinstance(value, str) or (isinstance(value, list) and _is_prompt_list(value)):
+        return value
+    raise ValueError("must be text, a list of texts, a list of token ids, or a list of lists of token ids")
+
+
+def _is_prompt_list(value: list[Any]) -> bool:
+    kinds = {type(item) for item in value}
+    if kinds == {list}:
+        return all({type(token) for token in item} <= {int} for item in value)
+    return kinds in ({str}, {int}) or not value
+
+
+Prompt = Annotated[str | list[Any], BeforeValidator(_check_prompt)]
+
+
+class ApiModel(BaseModel):
+    """Strict: a number in quotes is no number."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class StreamOptions(ApiModel):
+    include_usage: bool = False
+
+
+class GenerationRequest(ApiModel):
+    """What chat and text completions share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+    logit_bias: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    use_beam_search: Any = None
+    best_of: Any = None
+    prompt_logprobs: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+
+    REFUSED: ClassVar[tuple[str, ...]] = (
+        *("logit_bias", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
+        *("guided_grammar", "use_beam_search", "prompt_logprobs", "bad_words", "allowed_token_ids"),
+    )
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> SamplingParams:
+        """The fields given; the rest as SamplingParams has them. Raises InvalidRequestError."""
+        self._check_supported()
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        given = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**given, max_tokens=self._max_tokens(), logprobs=self._logprobs())
+
+    def _max_tokens(self) -> int | None:
+        raise NotImplementedError
+
+    def _logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def _check_supported(self) -> None:
+        for name in self.REFUSED:
+            if getattr(self, name):
+                raise InvalidRequestError(f"{name} is not supported", parameter=name)
+        if self.best_of not in (None, 1, self.n):
+            raise InvalidRequestError("best_of is not supported", parameter="best_of")
+        if self.response_format not in (None, {"type": "text"}):
+            raise InvalidRequestError(
+                "response_format is not supported, other than text", parameter="response_format"
+            )
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Any]
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: Any = None
+    chat_template: Any = None
+
+    REFUSED = (*GenerationRequest.REFUSED, "functions", "audio", "chat_template")
+
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def _logprobs(self) -> int | None:
+        if not self.logprobs:
+            return None
+        return self.top_logprobs or 0
+
+    def _check_supported(self) -> None:
+        super()._check_supported()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs to be true", parameter="top_logprobs")
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequestError("tools are not supported", parameter="tools")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequestError(
+                "tool_choice is not supported, other than none", parameter="tool_choice"
+            )
+        if self.modalities not in (None, ["text"]):
+            raise InvalidRequestError("modalities other than text are not supported", parameter="modalities")
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    logprobs: int | None = None
+    echo: Any = None
+    suffix: Any = None
+
+    REFUSED = (*GenerationRequest.REFUSED, "echo", "suffix")
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or many. Raises InvalidRequestError if there is none."""
+        if not self.prompt:
+            raise InvalidRequestError("the prompt is empty", parameter="prompt")
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    def _max_tokens(self) -> int | None:
+        return SamplingParams().max_tokens if self.max_tokens is None else self.max_tokens
+
+    def _logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TokenizeRequest(ApiModel):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(ApiModel):
+    """POST /detokenize."""
+
+    model: str
+    tokens: list[int]

@@ -1,0 +1,53 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from crosspool.core.errors import InvalidRequestError
+from crosspool.server.openai_requests import DetokenizeRequest, TokenizeRequest
+from crosspool.server.openai_responses import Detokenized, Tokenized, json_response
+from crosspool.server.state import ServerState
+from crosspool.text.front import ModelFront
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/tokenize", response_model=Tokenized)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        front = state.llm.front(body.model)
+        tokens = await asyncio.to_thread(_tokens, front, body)
+        tokenizer = front.tokenizer
+        texts = None
+        if body.return_token_strs and tokenizer is not None:
+            texts = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
+        answer = Tokenized(
+            count=len(tokens),
+            max_model_len=min(front.model.max_context, front.model.max_pool_tokens),
+            tokens=list(tokens),
+            token_strs=texts,
+        )
+        return json_response(answer)
+
+    @routes.post("/detokenize", response_model=Detokenized)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        front = state.llm.front(body.model)
+        return json_response(Detokenized(prompt=await asyncio.to_thread(front.detokenize, body.tokens)))
+
+    return routes
+
+
+def _tokens(front: ModelFront, body: TokenizeRequest) -> tuple[int, ...]:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("give either prompt or messages", parameter="prompt")
+    if body.messages is not None:
+        return front.chat_tokens(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
+        )
+    return front.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
