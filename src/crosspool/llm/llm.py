@@ -120,7 +120,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of a list of them, by the model's chat template. See ``generate``."""
+        """Answer a conversation, or each of a list, by the model's chat template. See ``generate``."""
         front = self._fronts.get(model)
         several = bool(messages) and not isinstance(messages[0], Mapping)
         each = cast("Sequence[Sequence[Message]]", messages if several else [messages])
