@@ -1,0 +1,72 @@
+"""Keyword arguments to an EngineConfig."""
+
+import pytest
+
+from crosspool.core.config import ModelConfig, SchedulerConfig
+from crosspool.core.errors import ConfigError
+from crosspool.core.topology import Sharding
+from crosspool.llm.options import engine_config, model_configs
+
+pytestmark = pytest.mark.unit
+
+
+def test_models_as_a_mapping(tmp_path):
+    configs = model_configs({"a": tmp_path, "b": "x/y"}, "float32")
+    assert configs == (ModelConfig("a", str(tmp_path), "float32"), ModelConfig("b", "x/y", "float32"))
+
+
+def test_models_as_a_list(tmp_path, monkeypatch):
+    folder = tmp_path / "with=sign"
+    folder.mkdir()
+    own = ModelConfig("own", "o", "bfloat16", pinned=True)
+    configs = model_configs(["a=x/y=z", "models/b", str(folder), tmp_path / "c", own], "float32")
+    assert [(config.name, config.path) for config in configs] == [
+        ("a", "x/y=z"),
+        ("b", "models/b"),
+        ("with=sign", str(folder)),
+        ("c", str(tmp_path / "c")),
+        ("own", "o"),
+    ]
+    assert [config.dtype for config in configs] == ["float32"] * 4 + ["bfloat16"]
+    monkeypatch.chdir(folder)
+    assert model_configs(["."])[0].name == "with=sign"
+
+
+def test_every_option_arrives():
+    scheduler = SchedulerConfig(decode_steps=2)
+    config = engine_config(
+        {"a": "x"},
+        kv_pool_bytes=1000,
+        weights_pool_bytes=2000,
+        page_bytes=100,
+        kv_devices=["cpu:0", "cpu:1"],
+        weights_devices=["cpu:2"],
+        sharding="tensor",
+        threads=3,
+        scheduler=scheduler,
+    )
+    assert (config.pools.kv_pool_bytes, config.pools.weights_pool_bytes, config.pools.page_bytes) == (
+        1000,
+        2000,
+        100,
+    )
+    assert (config.kv_devices, config.weights_devices) == (("cpu:0", "cpu:1"), ("cpu:2",))
+    assert (config.sharding, config.threads, config.scheduler) == (Sharding.TENSOR, 3, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "said"),
+    [
+        ({}, {}, "no model"),
+        ("a", {}, "mapping or a list"),
+        (["x/a", "y/a"], {}, "given twice: a"),
+        (["=x"], {}, "name must be"),
+        ({"a": "x"}, {"dtype": "int8"}, "dtype must be"),
+        ({"a": "x"}, {"sharding": "row"}, "sharding must be layer or tensor, not 'row'"),
+        ({"a": "x"}, {"threads": 0}, "threads"),
+        ({"a": "x"}, {"kv_devices": []}, "kv_devices is empty"),
+    ],
+)
+def test_what_cannot_work(models, options, said):
+    with pytest.raises(ConfigError, match=said):
+        engine_config(models, **options)
