@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from helpers_control_plane import Life, live
-
 from crosspool.scheduler.sequence import TRANSITIONS
+from helpers_control_plane import Life, live
 
 
 def try_live(seed: int) -> tuple[int, Life | str]:

@@ -1,8 +1,8 @@
 """A world for the control plane: the real engine over the simulator's executor, with KV pages that remember.
 
 ``ShadowModel`` keeps what was written into every page and computes each next token from what it reads back
-there. So a page lent twice, freed too early, recomputed wrongly or trimmed too far changes the output or fails
-at once; and the expected output of every request is known without the engine.
+there. So a page lent twice, freed too early, recomputed wrongly or trimmed too far changes the output or
+fails at once; and the expected output of every request is known without the engine.
 """
 
 from __future__ import annotations
@@ -264,16 +264,16 @@ TOPOLOGIES = (
 
 
 def live(seed: int) -> Life:
-    """Arrivals, aborts, early finishes and failures over a tiny pool; raises if anything is not as promised."""
+    """Arrivals, aborts, early finishes and failures over a tiny pool; raises where a promise is broken."""
     rng = random.Random(seed)
     specs = random_specs(rng)
     kv_devices, weights_devices, sharding = rng.choice(TOPOLOGIES)
-    quantum = rng.choice((4, 8, 16))
+    quantum = rng.choice((2, 4, 8, 16))
     scheduler = SchedulerConfig(
         chunk_quantum=quantum,
-        max_chunk_tokens=quantum * rng.randint(1, 4),
+        max_chunk_tokens=quantum * rng.choice((1, 1, 2, 4)),
         max_batch_rows=rng.choice((1, 2, 4, 8)),
-        max_prefill_rows=rng.choice((1, 2, 4)),
+        max_prefill_rows=rng.choice((1, 1, 4)),
         decode_steps=rng.randint(1, 5),
         ttft_target=Nanoseconds(rng.choice((1, 20, 500)) * MILLISECOND),
         tbt_target=Nanoseconds(rng.choice((1, 10, 100)) * MILLISECOND),
@@ -288,6 +288,7 @@ def live(seed: int) -> Life:
         kv_devices=kv_devices,
         weights_devices=weights_devices,
         sharding=sharding,
+        profile=HardwareProfile(rng.choice((1e8, 1e9, 1e11)), task_overhead=Nanoseconds(10_000)),
         speed=lambda: rng.uniform(0.3, 3.0),
         fails=(lambda: rng.random() < 0.01) if rng.random() < 0.2 else (lambda: False),
     )

@@ -1,0 +1,122 @@
+"""The walk of a micro-batch through its layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from crosspool.core.batch import Grant, Half, Phase, Row, TokenChoice
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
+from crosspool.core.in_flight import InFlight
+from crosspool.core.sampling import SamplingParams
+from crosspool.core.topology import Sharding, Team, Topology
+
+pytestmark = pytest.mark.unit
+
+ONE = Topology(("cpu:0",), ("cpu:0",))
+TWO = Topology(("cpu:0",), ("cpu:1",))
+ZERO = Nanoseconds(0)
+
+
+def grant(identity: int, phase: Phase, *, steps: int = 1, chooses: bool = True, start_by: int = 0) -> Grant:
+    choice = TokenChoice(SamplingParams(), 0, 0, 99, frozenset()) if chooses else None
+    row = Row(RequestId(identity), 0, (1,), ((),), choice, steps if chooses else 0)
+    return Grant(
+        GrantId(identity),
+        ModelIndex(0),
+        phase,
+        KvDevice(0),
+        (row,),
+        steps,
+        Nanoseconds(start_by),
+        Nanoseconds(5),
+        Nanoseconds(10),
+    )
+
+
+def walk(in_flight: InFlight, teams: int, *, limit: int = 100) -> list[tuple[int, int, int, Half]]:
+    """Run every team in turn until nothing is left; returns (grant, step, layer, half) in order."""
+    seen = []
+    for _ in range(limit):
+        tasks = [in_flight.start(Team(team), ZERO) for team in range(teams)]
+        for task in tasks:
+            if task is not None:
+                seen.append((task.grant, task.step, task.layer, task.half))
+                in_flight.finish(task, ZERO)
+        if not any(tasks):
+            return seen
+    raise AssertionError("it never ends")
+
+
+def test_a_decode_walks_all_halves_and_the_head_for_each_step() -> None:
+    in_flight = InFlight(ONE, lambda _: 2)
+    in_flight.submit(grant(0, Phase.DECODE, steps=2), ZERO)
+    one_pass = [
+        (0, Half.ATTENTION),
+        (0, Half.FFN),
+        (1, Half.ATTENTION),
+        (1, Half.FFN),
+        (2, Half.ATTENTION),
+    ]
+    assert walk(in_flight, 1) == [(0, step, *task) for step in (0, 1) for task in one_pass]
+    assert len(in_flight) == 0
+
+
+def test_a_chunk_without_a_choice_has_no_head() -> None:
+    in_flight = InFlight(ONE, lambda _: 2)
+    in_flight.submit(grant(0, Phase.PREFILL, chooses=False), ZERO)
+    assert [task[2:] for task in walk(in_flight, 1)][-1] == (1, Half.FFN)
+
+
+def test_two_devices_work_on_two_micro_batches_at_once() -> None:
+    in_flight = InFlight(TWO, lambda _: 2)
+    in_flight.submit(grant(0, Phase.DECODE), ZERO)
+    in_flight.submit(grant(1, Phase.DECODE, start_by=1), ZERO)
+    first = in_flight.start(Team(0), ZERO)
+    assert first is not None and in_flight.start(Team(1), ZERO) is None
+    in_flight.finish(first, ZERO)
+    ffn, attention = in_flight.start(Team(1), ZERO), in_flight.start(Team(0), ZERO)
+    assert ffn is not None and (ffn.grant, ffn.half) == (0, Half.FFN)
+    assert attention is not None and (attention.grant, attention.half) == (1, Half.ATTENTION)
+
+
+def test_tensor_sharding_waits_for_every_part() -> None:
+    in_flight = InFlight(Topology(("cpu:0",), ("cpu:1", "cpu:2"), Sharding.TENSOR), lambda _: 1)
+    in_flight.submit(grant(0, Phase.DECODE), ZERO)
+    attention = in_flight.start(Team(0), ZERO)
+    assert attention is not None
+    in_flight.finish(attention, ZERO)
+    parts = [in_flight.start(Team(team), ZERO) for team in (1, 2)]
+    assert [(part.part, part.parts) for part in parts if part] == [(0, 2), (1, 2)]
+    in_flight.finish(parts[1], ZERO)  # type: ignore[arg-type]
+    assert in_flight.start(Team(0), ZERO) is None
+    in_flight.finish(parts[0], ZERO)  # type: ignore[arg-type]
+    head = in_flight.start(Team(0), ZERO)
+    assert head is not None and head.layer == 1
+
+
+def test_a_cancelled_row_ends_the_micro_batch_at_the_next_boundary() -> None:
+    in_flight = InFlight(ONE, lambda _: 2)
+    in_flight.submit(grant(0, Phase.DECODE), ZERO)
+    task = in_flight.start(Team(0), ZERO)
+    in_flight.cancel(RequestId(0))
+    assert task is not None and in_flight.finish(task, ZERO)
+    assert len(in_flight) == 0
+
+
+def test_a_chunk_that_runs_when_a_late_token_arrives_is_its_one() -> None:
+    in_flight = InFlight(ONE, lambda _: 4)
+    in_flight.submit(grant(0, Phase.PREFILL, chooses=False), ZERO)
+    running = in_flight.start(Team(0), ZERO)
+    in_flight.submit(grant(1, Phase.DECODE), Nanoseconds(5))
+    assert running is not None
+    in_flight.finish(running, Nanoseconds(10))
+    order = [identity for identity, *_ in walk(in_flight, 1)]
+    assert order == [1] * 9 + [0] * 7
+
+
+def test_an_id_is_used_once() -> None:
+    in_flight = InFlight(ONE, lambda _: 1)
+    in_flight.submit(grant(0, Phase.DECODE), ZERO)
+    with pytest.raises(InvariantError, match="grant 0"):
+        in_flight.submit(grant(0, Phase.DECODE), ZERO)

@@ -1,0 +1,58 @@
+"""Predicted times follow bytes and operations, and measurements correct them."""
+
+from __future__ import annotations
+
+import pytest
+
+from crosspool.core.batch import Half, Phase
+from crosspool.core.ids import ModelIndex, Nanoseconds
+from crosspool.costs.calibration import Calibration
+from crosspool.costs.layer import HardwareProfile, LayerCosts, Work, active_share
+from helpers_specs import gqa_spec
+
+pytestmark = pytest.mark.unit
+
+SPEC = gqa_spec(hidden=1024)
+PROFILE = HardwareProfile(1e12, 1e9, Nanoseconds(0))
+
+
+def test_work_of_rows() -> None:
+    assert Work.of([(10, 1), (4, 3)]) == Work(tokens=4, context=18, attended=11 + 21)
+
+
+def test_one_token_is_bound_by_bytes_and_many_by_operations() -> None:
+    costs = LayerCosts(SPEC, PROFILE)
+    ffn = SPEC.layers[-1].ffn
+    one = costs.ffn(Work.of([(0, 1)]))
+    share = ffn.router.top_k / ffn.router.num_experts  # type: ignore[union-attr]
+    assert one == int(ffn.weights(1024) * 2 * share / 1e9 * 1e9)
+    many = costs.ffn(Work.of([(0, 100_000)]))
+    assert many == pytest.approx(2 * 100_000 * ffn.active_weights(1024) / 1e12 * 1e9, rel=1e-6)
+
+
+def test_longer_context_costs_attention_alone() -> None:
+    costs = LayerCosts(SPEC, PROFILE)
+    short, long = Work.of([(10, 1)]), Work.of([(100_000, 1)])
+    extra = costs.half(Half.ATTENTION, long) - costs.half(Half.ATTENTION, short)
+    assert extra == pytest.approx((100_000 - 10) * SPEC.kv_bytes_per_token_layer, rel=1e-3)
+    assert costs.half(Half.FFN, long) == costs.half(Half.FFN, short)
+
+
+def test_every_expert_is_touched_in_the_end() -> None:
+    ffn = SPEC.layers[-1].ffn
+    shares = [active_share(ffn, tokens) for tokens in (1, 2, 50)]
+    assert shares[0] == pytest.approx(2 / 5) and shares[0] < shares[1] < shares[2] <= 1
+
+
+def test_calibration_starts_at_the_prediction_and_follows_the_measurements() -> None:
+    calibration, model = Calibration(), ModelIndex(0)
+    key = (model, Phase.DECODE, Half.FFN)
+    assert calibration.correct(*key, 1000) == 1000
+    calibration.learn(*key, 1000, 3000)
+    assert calibration.correct(*key, 1000) == 3000
+    for _ in range(30):
+        calibration.learn(*key, 1000, 1500)
+    assert calibration.correct(*key, 1000) == pytest.approx(1500, rel=0.01)
+    calibration.learn(*key, 1000, 0)
+    assert calibration.correct(*key, 1000) == pytest.approx(1500, rel=0.01)
+    assert calibration.correct(model, Phase.PREFILL, Half.FFN, 1000) == 1000

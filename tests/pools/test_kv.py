@@ -1,0 +1,102 @@
+"""Page tables of several models over the same pages."""
+
+from __future__ import annotations
+
+import pytest
+
+from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex
+from crosspool.core.kv_layout import make_layout
+from crosspool.pools.kv import KvPool
+from helpers_specs import gqa_spec, mla_spec
+
+pytestmark = pytest.mark.unit
+
+PLAIN, LATENT, WINDOWED = ModelIndex(0), ModelIndex(1), ModelIndex(2)
+DEVICE = KvDevice(0)
+
+
+def make_pool(pages: int, *, devices: int = 1) -> KvPool:
+    specs = [gqa_spec(layers=4), mla_spec(layers=3), gqa_spec(windows=(None, 20, 20))]
+    page_bytes = 32 * specs[0].kv_bytes_per_token_layer
+    layouts = {ModelIndex(i): make_layout(spec, page_bytes) for i, spec in enumerate(specs)}
+    return KvPool(layouts, devices=devices, pages_per_device=pages, step_tokens=16)
+
+
+def test_a_page_freed_by_one_model_is_used_by_another() -> None:
+    pool = make_pool(4)
+    plain, latent = pool.open(PLAIN, DEVICE), pool.open(LATENT, DEVICE)
+    assert pool.grow(plain, 32) and pool.free == 0
+    used = set(plain.held())
+    assert not pool.grow(latent, 1)
+    pool.release(plain)
+    assert pool.grow(latent, 1)
+    assert set(latent.held()) <= used
+    assert (pool.held_by(PLAIN), pool.held_by(LATENT)) == (0, latent.pages)
+    pool.check([plain, latent])
+
+
+def test_growth_is_atomic_over_groups() -> None:
+    pool = make_pool(3)
+    table = pool.open(PLAIN, DEVICE)
+    assert len(table.groups) == 2
+    assert pool.grow(table, 16) and pool.free == 1
+    before = table.snapshot()
+    assert not pool.grow(table, 17)
+    assert table.snapshot() == before and pool.free == 1
+    assert pool.missing(table, 17) == 2 and pool.missing(table, 16) == 0
+
+
+def test_a_page_aligned_sequence_takes_no_page_more() -> None:
+    pool = make_pool(8)
+    table = pool.open(PLAIN, DEVICE)
+    pool.grow(table, 16)
+    assert (table.tokens, table.pages) == (16, 2)
+    pool.grow(table, 17)
+    assert (table.tokens, table.pages) == (32, 4)
+
+
+def test_window_pages_come_back_while_the_sequence_goes_on() -> None:
+    pool = make_pool(20)
+    table = pool.open(WINDOWED, DEVICE)
+    pool.grow(table, 96)
+    full, window = (group.window for group in table.layout.groups)
+    assert (full, window) == (None, 20)
+    held = table.pages
+    pool.trim(table, 90)
+    assert table.groups[1][:4] == [NULL_PAGE] * 4 and NULL_PAGE not in table.groups[1][4:]
+    assert table.pages == held - 4 and table.snapshot()[1][0] == NULL_PAGE
+    pool.trim(table, 90)
+    pool.check([table])
+    pool.release(table)
+    assert pool.free == pool.total and table.chunks == 0
+    pool.check([])
+
+
+def test_the_longest_sequence_fits_and_one_token_more_does_not() -> None:
+    for pages in (3, 7, 20):
+        pool = make_pool(pages)
+        for model in (PLAIN, LATENT):
+            most = pool.most_tokens(model)
+            table = pool.open(model, DEVICE)
+            assert pool.grow(table, most) and not pool.grow(table, most + 1)
+            pool.release(table)
+
+
+def test_a_windowed_model_is_longer_than_its_pages() -> None:
+    pool = make_pool(30)
+    most = pool.most_tokens(WINDOWED)
+    table, position = pool.open(WINDOWED, DEVICE), 0
+    while position < most:
+        position = min(most, position + 16)
+        assert pool.grow(table, position)
+        pool.trim(table, position)
+    assert most > 30 * 16 // 2
+
+
+def test_devices_are_separate() -> None:
+    pool = make_pool(4, devices=2)
+    tables = [pool.open(PLAIN, device) for device in pool.devices]
+    assert pool.grow(tables[0], 32) and not pool.grow(tables[0], 33)
+    assert (pool.free_on(KvDevice(0)), pool.free_on(KvDevice(1))) == (0, 4)
+    assert pool.grow(tables[1], 32)
+    pool.check(tables)

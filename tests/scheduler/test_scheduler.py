@@ -1,0 +1,250 @@
+"""Single decisions of the scheduler, seen through the engine in virtual time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from crosspool.core.batch import Grant, Phase
+from crosspool.core.config import SchedulerConfig
+from crosspool.core.errors import OverloadedError
+from crosspool.core.ids import GrantId, Nanoseconds, RequestId
+from crosspool.core.in_flight import LayerTask
+from crosspool.core.request import FinishReason
+from crosspool.costs.layer import HardwareProfile
+from crosspool.scheduler.sequence import State
+from helpers_control_plane import MILLISECOND, World, make_request, make_world
+from helpers_specs import gqa_spec, mla_spec
+
+pytestmark = pytest.mark.unit
+
+SPEC = gqa_spec(layers=4)
+PAGE = 16 * SPEC.kv_bytes_per_token  # one group, 16 tokens
+PROMPT = tuple(range(16))
+
+
+class Recorder:
+    """Every grant that the scheduler makes, in order."""
+
+    def __init__(self, world: World) -> None:
+        self.grants: list[Grant] = []
+        submit = world.executor.submit
+
+        def record(grant: Grant) -> None:
+            self.grants.append(grant)
+            submit(grant)
+
+        world.executor.submit = record  # type: ignore[method-assign]
+
+    def of(self, phase: Phase) -> list[Grant]:
+        return [grant for grant in self.grants if grant.phase is phase]
+
+
+def small_steps(**changes: int) -> SchedulerConfig:
+    values: dict[str, int] = {"chunk_quantum": 16, "max_chunk_tokens": 32, "decode_steps": 2, **changes}
+    return SchedulerConfig(**values)  # type: ignore[arg-type]
+
+
+def test_prompts_are_cut_into_quanta_and_the_rest() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=20, scheduler=small_steps())
+    recorder = Recorder(world)
+    world.add(make_request(0, tuple(range(75)), 1))
+    world.run()
+    rows = [grant.rows[0] for grant in recorder.of(Phase.PREFILL)]
+    assert [(row.start, len(row.tokens), row.choice is not None) for row in rows] == [
+        (0, 32, False),
+        (32, 32, False),
+        (64, 11, True),
+    ]
+
+
+def test_sequences_of_one_model_decode_together_and_newcomers_join() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=40, scheduler=small_steps())
+    recorder = Recorder(world)
+    for identity in range(3):
+        world.add(make_request(identity, PROMPT, 12))
+    world.run()
+    assert max(len(grant.rows) for grant in recorder.of(Phase.DECODE)) == 3
+    assert all(world.outputs[RequestId(i)] == world.expected(world.requests[RequestId(i)]) for i in range(3))
+
+
+def test_models_do_not_wait_for_each_other() -> None:
+    world = make_world([SPEC, mla_spec()], page_bytes=PAGE, pages=60, scheduler=small_steps())
+    recorder = Recorder(world)
+    world.add(make_request(0, PROMPT, 9, model=0))
+    world.add(make_request(1, tuple(range(50)), 9, model=1))
+    world.run()
+    assert {grant.model for grant in recorder.grants} == {0, 1}
+    assert all(len({row.request for row in grant.rows}) == 1 for grant in recorder.grants)
+    assert len(world.finished) == 2
+
+
+def test_more_sequences_than_rows_take_turns() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=60, scheduler=small_steps(max_batch_rows=2))
+    recorder = Recorder(world)
+    for identity in range(5):
+        world.add(make_request(identity, PROMPT, 10))
+    world.run()
+    turns = [{row.request for row in grant.rows} for grant in recorder.of(Phase.DECODE)]
+    assert set().union(*turns[:6]) == {0, 1, 2, 3, 4}
+
+
+def test_a_full_pool_preempts_the_latest_deadline_and_the_output_stays() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=6, scheduler=small_steps())
+    for identity in range(3):
+        world.add(make_request(identity, PROMPT, 60))
+    preempted: list[int] = []
+    while len(world.finished) < 3:
+        world.step()
+        for identity in range(3):
+            sequence = world.engine._scheduler.get(RequestId(identity))
+            if sequence is not None and sequence.preemptions and identity not in preempted:
+                preempted.append(identity)
+        world.executor.advance()
+    assert preempted and 0 not in preempted, "the earliest is never preempted"
+    for identity in range(3):
+        assert world.outputs[RequestId(identity)] == world.expected(world.requests[RequestId(identity)])
+
+
+def test_who_stalls_for_pages_goes_on_when_they_are_free() -> None:
+    """The later one cannot grow while the earlier, slower one holds the rest; then that one ends."""
+    slow = gqa_spec(layers=8, head_dim=2)
+    world = make_world([slow, SPEC], page_bytes=PAGE, pages=4, scheduler=small_steps(decode_steps=1))
+    world.add(make_request(0, tuple(range(33)), 31, model=0))
+    world.add(make_request(1, tuple(range(8)), 50, model=1))
+    while not world.engine._scheduler._stalled:
+        world.step()
+        assert world.executor.advance(), "nobody ever stalled"
+    assert world.state(RequestId(1)) is State.DECODING
+    world.run()
+    assert world.outputs[RequestId(1)] == world.expected(world.requests[RequestId(1)])
+
+
+def test_a_request_that_is_small_may_pass_one_that_does_not_fit_yet_until_it_has_aged() -> None:
+    config = small_steps(ttft_target=10 * MILLISECOND)
+    world = make_world([SPEC, SPEC], page_bytes=PAGE, pages=8, scheduler=config)
+    world.add(make_request(0, PROMPT, 90, model=0))
+    world.step()
+    world.add(make_request(1, tuple(range(97)), 8, model=1))
+    world.add(make_request(2, (1,), 2, model=0))
+    world.step()
+    assert world.state(RequestId(1)) is State.WAITING
+    assert world.state(RequestId(2)) is State.PREFILLING
+    while world.clock.now() < 41 * MILLISECOND:
+        world.step()
+        if not world.executor.advance(41 * MILLISECOND):
+            world.clock.advance_to(41 * MILLISECOND)
+    if world.state(RequestId(1)) is State.WAITING:
+        world.add(make_request(3, (1,), 2, model=0))
+        world.step()
+        assert world.state(RequestId(3)) is State.WAITING
+    world.run()
+
+
+def test_a_full_line_refuses() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=8, scheduler=small_steps(max_waiting=2))
+    world.add(make_request(0, PROMPT, 2))
+    world.add(make_request(1, PROMPT, 2))
+    with pytest.raises(OverloadedError, match="2 requests are waiting"):
+        world.engine.add(make_request(2, PROMPT, 2))
+    world.run()
+    assert set(world.finished.values()) == {FinishReason.LENGTH}
+
+
+def test_a_lone_model_on_two_devices_is_split_in_two() -> None:
+    for weights, lanes in ((("cpu:1",), 2), (("cpu:0",), 1)):
+        world = make_world(
+            [SPEC], page_bytes=PAGE, pages=60, scheduler=small_steps(), weights_devices=weights
+        )
+        for identity in range(4):
+            world.add(make_request(identity, PROMPT, 20))
+        most = 0
+        while world.engine.has_work():
+            world.step()
+            decoding = [b for b in world.executor.in_flight.batches if b.decoding]
+            most = max(most, len(decoding))
+            world.executor.advance()
+        assert most == lanes
+
+
+class TasksBetweenTokens:
+    """Counts the prefill layer tasks that begin between one request's tokens."""
+
+    def __init__(self) -> None:
+        self.prefills: set[GrantId] = set()
+        self.begun: list[tuple[int, LayerTask]] = []
+
+    def watch(self, task: LayerTask, start: int, end: int) -> None:
+        if task.grant in self.prefills:
+            self.begun.append((start, task))
+
+    def largest(self, token_times: list[int]) -> int:
+        counts = []
+        for before, after in pairwise(token_times):
+            counts.append(
+                len(
+                    {
+                        (task.grant, task.layer, task.half)
+                        for start, task in self.begun
+                        if before <= start < after
+                    }
+                )
+            )
+        return max(counts)
+
+
+@pytest.mark.parametrize("weights_devices", [("cpu:0",), ("cpu:1",)])
+def test_without_slack_a_token_waits_for_one_prefill_layer_task_and_prefill_goes_on(
+    weights_devices: tuple[str, ...],
+) -> None:
+    counter = TasksBetweenTokens()
+    config = small_steps(decode_steps=8, ttft_target=1, tbt_target=1, chunk_layer_cost=1000 * MILLISECOND)
+    world = make_world(
+        [SPEC, mla_spec()],
+        page_bytes=PAGE,
+        pages=400,
+        scheduler=config,
+        weights_devices=weights_devices,
+        profile=HardwareProfile(operations_per_second=1e8, task_overhead=Nanoseconds(10_000)),
+        watch=counter.watch,
+    )
+    submit = world.executor.submit
+
+    def note(grant: Grant) -> None:
+        if grant.phase is Phase.PREFILL and grant.model == 1:
+            counter.prefills.add(grant.id)
+        submit(grant)
+
+    world.executor.submit = note  # type: ignore[method-assign]
+    decoder = make_request(0, PROMPT, 300)
+    world.add(decoder)
+    while len(world.outputs[decoder.id]) < 20:
+        world.step()
+        world.executor.advance()
+    world.add(make_request(1, tuple(range(300)), 1, model=1))
+    times: list[int] = []
+    while RequestId(1) not in world.finished:
+        before = len(world.outputs[decoder.id])
+        world.step()
+        times += [world.clock.now()] * (len(world.outputs[decoder.id]) - before)
+        assert world.executor.advance()
+        assert decoder.id not in world.finished, "prefill starves"
+    assert len(counter.begun) >= 10 * 2 * 3, "ten chunks of three layers"
+    assert counter.largest(times) == 1
+
+
+def test_prefill_uses_the_slack_before_the_next_token_is_due() -> None:
+    """With a generous target, chunks run together between tokens, and every token is still in time."""
+    config = small_steps(tbt_target=50 * MILLISECOND, ttft_target=5000 * MILLISECOND)
+    world = make_world([SPEC, SPEC], page_bytes=PAGE, pages=400, scheduler=config)
+    world.add(make_request(0, PROMPT, 40, model=0))
+    while len(world.outputs[RequestId(0)]) < 4:
+        world.step()
+        world.executor.advance()
+    world.add(make_request(1, tuple(range(90)) * 20, 1, model=1))
+    world.run()
+    gaps = [after - before for before, after in pairwise(world.token_times[RequestId(0)])]
+    assert max(gaps) <= 50 * MILLISECOND
+    tokens_before = sum(time < world.token_times[RequestId(1)][0] for time in world.token_times[RequestId(0)])
+    assert tokens_before < 30, "the prompt did not have to wait for the other's tokens"
