@@ -13,13 +13,17 @@ from crosspool.pools.pages import PageAllocator
 
 @dataclass(slots=True, eq=False)
 class PageTable:
-    """One sequence's pages: ``groups[g][i]`` holds chunk i of layer group g, NULL_PAGE if given back."""
+    """One sequence's pages: ``groups[g][i]`` holds chunk i of layer group g, NULL_PAGE if given back.
+
+    ``kept_from[g]`` is the first chunk not given back, ``pages`` the number of pages held over all groups.
+    """
 
     model: ModelIndex
     device: KvDevice
     layout: KvLayout
     groups: list[list[PageId]]
     kept_from: list[int]
+    pages: int = 0
     _snapshot: tuple[tuple[PageId, ...], ...] | None = field(default=None, repr=False)
 
     @property
@@ -30,11 +34,6 @@ class PageTable:
     def tokens(self) -> int:
         """Number of positions that have a place, counted from 0."""
         return self.chunks * self.layout.tokens_per_page
-
-    @property
-    def pages(self) -> int:
-        """Pages held now, over all groups."""
-        return sum(len(group) - kept for group, kept in zip(self.groups, self.kept_from, strict=True))
 
     def held(self) -> Iterable[PageId]:
         for group, kept in zip(self.groups, self.kept_from, strict=True):
@@ -54,7 +53,8 @@ class KvPool:
     """All pages of all KV devices, and the page table of every sequence that holds some.
 
     ``step_tokens`` is the most by which a sequence grows at once (a prompt chunk): a window group holds up to
-    that many tokens more than its window.
+    that many tokens more than its window. ``releases`` counts how often a table gave something back: while
+    it stands still, no page has become free and nobody has left.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class KvPool:
     ) -> None:
         self._layouts = dict(layouts)
         self._allocators = [PageAllocator(pages_per_device) for _ in range(devices)]
+        self.releases = 0
         self._held_by_model = dict.fromkeys(self._layouts, 0)
         self._step_tokens = step_tokens
         self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
@@ -130,6 +131,7 @@ class KvPool:
         for index, group in enumerate(table.groups):
             group.extend(pages[index * share : (index + 1) * share])
         self._held_by_model[table.model] += missing
+        table.pages += missing
         table.changed()
         return True
 
@@ -141,6 +143,7 @@ class KvPool:
             first = min(table.layout.first_kept_chunk(index, position), len(group))
             kept = table.kept_from[index]
             if first > kept:
+                self.releases += 1
                 self._give_back(table, group[kept:first])
                 group[kept:first] = [NULL_PAGE] * (first - kept)
                 table.kept_from[index] = first
@@ -148,6 +151,7 @@ class KvPool:
 
     def release(self, table: PageTable) -> None:
         """Give back everything; the table is empty and may grow again from position 0."""
+        self.releases += 1
         for index, group in enumerate(table.groups):
             self._give_back(table, group[table.kept_from[index] :])
             group.clear()
@@ -159,7 +163,10 @@ class KvPool:
         held: list[list[PageId]] = [[] for _ in self._allocators]
         by_model = dict.fromkeys(self._layouts, 0)
         for table in tables:
+            before = len(held[table.device])
             held[table.device].extend(table.held())
+            if table.pages != len(held[table.device]) - before:
+                raise InvariantError(f"a table of model {table.model} counts {table.pages} pages wrongly")
             by_model[table.model] += table.pages
         for allocator, pages in zip(self._allocators, held, strict=True):
             allocator.check(pages)
@@ -169,6 +176,7 @@ class KvPool:
     def _give_back(self, table: PageTable, pages: list[PageId]) -> None:
         self._allocators[table.device].release(pages)
         self._held_by_model[table.model] -= len(pages)
+        table.pages -= len(pages)
 
     def _find_most_tokens(self, model: ModelIndex) -> int:
         """Largest multiple of tokens_per_page whose pages fit one device (binary search: it is monotonic)."""

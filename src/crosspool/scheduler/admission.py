@@ -36,6 +36,7 @@ class Admission:
         self._max_waiting = max_waiting
         self._max_running = max_running
         self._lines: dict[ModelIndex, list[Sequence]] = {}
+        self._blocked_at: int | None = None
 
     def waiting(self, model: ModelIndex) -> int:
         return len(self._lines.get(model, ()))
@@ -55,6 +56,7 @@ class Admission:
 
     def rejoin(self, sequence: Sequence) -> None:
         """A preempted sequence: the bound on the line does not apply to what was accepted once."""
+        self._blocked_at = None
         insort(self._lines.setdefault(sequence.request.model, []), sequence, key=lambda s: s.order)
 
     def leave(self, sequence: Sequence) -> None:
@@ -65,10 +67,11 @@ class Admission:
 
         A sequence may start where, beside all that running sequences still lack for their known tokens and
         one more chunk each, the pages of its own known tokens are free. The pages themselves are reserved
-        chunk by chunk. On a device where nothing runs it may start in any case: it fits the pool, or it
+        chunk by chunk. What running sequences take they were counted for, so whoever did not fit fits only
+        after pages have been given back: until then nothing is tried again. On a device where nothing runs it may start in any case: it fits the pool, or it
         would have been refused.
         """
-        if not len(self):
+        if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
         demands = self._demands(running)
         started: list[Sequence] = []
@@ -86,6 +89,7 @@ class Admission:
             demands[device].running += 1
             demands[device].wanted += self._wants(sequence)
             started.append(sequence)
+        self._blocked_at = self._pool.releases
         return started
 
     def _first(self, blocked: set[ModelIndex]) -> Sequence | None:

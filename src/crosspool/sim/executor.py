@@ -106,7 +106,7 @@ class SimExecutor:
         return self._ends[0][0] if self._ends else None
 
     def advance(self, limit: int | None = None) -> bool:
-        """Let time pass to the end of the next task, unless that is after ``limit``; returns whether it did."""
+        """Let time pass to the next task's end, unless that is after ``limit``; returns whether it did."""
         if not self._ends or (limit is not None and self._ends[0][0] > limit):
             return False
         end, _, task = heapq.heappop(self._ends)
