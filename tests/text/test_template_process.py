@@ -1,5 +1,7 @@
 """Rendering in another process: whatever a template does, the caller gets an answer and the next one too."""
 
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -72,6 +74,18 @@ def test_the_worker_limits_its_own_processor_time(process, monkeypatch):
     process._limits = TemplateLimits(seconds=1)
     with pytest.raises(InvalidRequestError, match="cannot render"):
         process.render(ENDLESS, {})
+
+
+def test_a_worker_that_waits_without_working_is_killed_too():
+    process = TemplateProcess(TemplateLimits(seconds=1))
+    try:
+        process.render("", {})
+        os.kill(worker_id(process), signal.SIGSTOP)
+        with pytest.raises(InvalidRequestError, match="cannot render"):
+            process.render("", {})
+        assert process.render("ok", {}) == "ok"
+    finally:
+        process.close()
 
 
 def test_a_memory_bomb_stays_within_its_limit(process, caplog):
