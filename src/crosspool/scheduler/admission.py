@@ -67,9 +67,9 @@ class Admission:
 
         A sequence may start where, beside all that running sequences still lack for their known tokens and
         one more chunk each, the pages of its own known tokens are free. The pages themselves are reserved
-        chunk by chunk. What running sequences take they were counted for, so whoever did not fit fits only
-        after pages have been given back: until then nothing is tried again. On a device where nothing runs it may start in any case: it fits the pool, or it
-        would have been refused.
+        chunk by chunk. On a device where nothing runs it may start in any case: it fits the pool, or it
+        would have been refused. What running sequences take later has been counted here, so whoever did not
+        fit is tried again only when pages have been given back.
         """
         if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
