@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from starlette.requests import ClientDisconnect, Request
+
+from crosspool.server import generation
+from crosspool.server.config import LimitsConfig, ServerConfig
+from helpers_polling import wait_until
+from helpers_sse import read_events
+
+pytestmark = pytest.mark.integration
+
+LONG = {"model": "tiny", "prompt": "abc", "max_tokens": 800}
+
+
+def patient(**times: float) -> ServerConfig:
+    return ServerConfig(limits=LimitsConfig(**times))
+
+
+def stall(application, after: int) -> None:
+    """Let the engine make no more tokens of any request than ``after``."""
+    advance = application.engine._advance
+
+    def stalled(sequence: object) -> None:
+        if sequence.made < after:
+            advance(sequence)
+
+    application.engine._advance = stalled
+
+
+async def all_pages_free(application) -> None:
+    def free() -> bool:
+        stats = application.engine.stats()
+        return stats.kv_pages_free == stats.kv_pages_total
+
+    await wait_until(free, "pages are still held", 5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_first_token_is_not_waited_for_for_ever(start_application, stream: bool) -> None:
+    application = await start_application(patient(first_token_timeout=0.2))
+    stall(application, after=0)
+    response = await application.post("/v1/completions", **LONG, stream=stream)
+    assert response.status_code == 503
+    assert "first token did not come within 0.2 s" in response.json()["error"]["message"]
+    assert "Retry-After" in response.headers
+    await all_pages_free(application)
+
+
+async def test_the_next_token_is_not_waited_for_for_ever(start_application) -> None:
+    application = await start_application(patient(token_timeout=0.2))
+    stall(application, after=2)
+    response = await application.post("/v1/completions", **LONG, stream=True)
+    *chunks, last = read_events(response.text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "ab"
+    assert "next token" in last["error"]["message"]
+    await all_pages_free(application)
+
+
+async def test_the_whole_request_has_a_limit(start_application) -> None:
+    application = await start_application(patient(total_timeout=0.5))
+    response = await application.post("/v1/completions", **LONG)
+    assert response.status_code == 503
+    assert "longer than 0.5 s" in response.json()["error"]["message"]
+    await all_pages_free(application)
+
+
+async def test_an_aborted_choice_is_not_counted_as_served(application) -> None:
+    task = asyncio.create_task(application.post("/v1/completions", **LONG))
+    await wait_until(lambda: application.engine._sequences, "not started", 10)
+    (sequence,) = application.engine._sequences.values()
+    await wait_until(lambda: sequence.made > 3, "no tokens", 10)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await all_pages_free(application)
+    metrics = (await application.client.get("/metrics")).text
+    assert 'vllm:e2e_request_latency_seconds_count{model_name="tiny"}' not in metrics
+    assert 'vllm:time_to_first_token_seconds_count{model_name="tiny"} 1.0' in metrics
+
+
+def request_of(*messages: dict) -> Request:
+    incoming = list(messages)
+
+    async def receive() -> dict:
+        if not incoming:
+            await asyncio.sleep(600)
+        return incoming.pop(0)
+
+    return Request({"type": "http"}, receive)
+
+
+async def test_work_is_cancelled_when_the_client_leaves() -> None:
+    cancelled = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            cancelled.set()
+
+    with pytest.raises(ClientDisconnect):
+        await generation.unless_disconnected(request_of({"type": "http.disconnect"}), work())
+    assert cancelled.is_set()
+
+
+async def test_work_that_is_done_gives_its_result_or_its_error() -> None:
+    async def work(fail: bool) -> int:
+        if fail:
+            raise KeyError("x")
+        return 5
+
+    assert await generation.unless_disconnected(request_of(), work(False)) == 5
+    with pytest.raises(KeyError):
+        await generation.unless_disconnected(request_of(), work(True))
