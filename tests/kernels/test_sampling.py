@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from crosspool.kernels.reference.sampling import Choice, TokenHistory, best, choose_tokens, uniform
+from crosspool.kernels.reference.sampling import (
+    _GOLDEN,
+    _MASK,
+    Choice,
+    TokenHistory,
+    _draw,
+    _mix,
+    best,
+    choose_tokens,
+    uniform,
+)
 
 pytestmark = pytest.mark.backend
 
@@ -111,14 +121,13 @@ def test_neighbouring_seeds_and_indices_are_not_correlated():
     pairs = [(table[0], table[1]), (table[2], table[3]), (table[0][:-1], table[0][1:])]
     for a, b in pairs:
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.08
+    assert uniform(5 + _GOLDEN, 3) != uniform(5, 4)  # no sequence is another one shifted
     shifted = [abs(np.corrcoef(table[0][k:], table[1][: 2000 - k])[0, 1]) for k in range(1, 5)]
     assert max(shifted) < 0.1
 
 
 def test_splitmix64_matches_its_published_sequence():
     """The first outputs of the generator for state 0 are the finaliser at multiples of the increment."""
-    from crosspool.kernels.reference.sampling import _GOLDEN, _MASK, _mix
-
     assert [_mix((i + 1) * _GOLDEN & _MASK) for i in range(3)] == [
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
@@ -186,6 +195,12 @@ def test_a_zero_weight_is_never_drawn():
     row = torch.full((1000,), -1e4)
     row[[3, 500]] = 0.0
     assert set(draws(row, 400).tolist()) == {3, 500}
+
+
+def test_the_ends_of_the_unit_interval_draw_weights_above_zero():
+    weights = torch.tensor([0.0, 0.0, 0.3, 0.7, 0.0], dtype=torch.float64)
+    assert _draw(weights, 0.0) == 2
+    assert _draw(weights, 1 - 2.0**-53) == 3
 
 
 def test_penalties_follow_their_definitions():

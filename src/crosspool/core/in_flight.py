@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from crosspool.core.batch import Grant, Half, Phase
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.pick import NOTHING, delays, pick
 from crosspool.core.topology import Team, Topology
 
@@ -36,9 +36,12 @@ class LayerTask:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One grant on its way. ``alive`` are the rows that still want tokens (one set for the batch's whole life);
-    ``passed`` counts prefill layer tasks that went before the current token out of its slack (see
-    core/pick.py)."""
+    """One grant on its way.
+
+    ``alive`` are the rows that still want tokens (one set for the batch's whole life). ``passed`` counts
+    prefill layer tasks that went before the current token out of its slack (see core/pick.py).
+    ``unstarted`` maps teams to the parts of the current layer half that they have not begun.
+    """
 
     grant: Grant
     start_by: int
@@ -47,7 +50,7 @@ class MicroBatch:
     layer: int = 0
     half: Half = Half.ATTENTION
     passed: int = 0
-    unstarted: list[tuple[Team, int]] = field(default_factory=list)
+    unstarted: dict[Team, int] = field(default_factory=dict)
     parts: int = 1
     running: int = 0
     failed: bool = False
@@ -62,6 +65,12 @@ class InFlight:
 
     def __init__(self, topology: Topology, layers: Callable[[ModelIndex], int]) -> None:
         self._topology = topology
+        self._attention_teams = [
+            topology.attention_team(KvDevice(i)) for i in range(len(topology.kv_devices))
+        ]
+        self._weights_teams = [
+            topology.weights_team(WeightsDevice(i)) for i in range(len(topology.weights_devices))
+        ]
         self._layers = layers
         self._batches: dict[GrantId, MicroBatch] = {}
         self._chunks_running: dict[GrantId, int] = {}
@@ -98,7 +107,7 @@ class InFlight:
         whoever waits for it.
         """
         batches = list(self._batches.values())
-        ready = [self._part_for(batch, team) is not None for batch in batches]
+        ready = [team in batch.unstarted for batch in batches]
         if not any(ready):
             return None
         for batch, here in zip(batches, ready, strict=True):
@@ -106,7 +115,7 @@ class InFlight:
                 return self._begin(batch, team)
         chosen = pick(
             ready,
-            [not batch.decoding for batch in batches],
+            [batch.grant.phase for batch in batches],
             [batch.start_by for batch in batches],
             [batch.grant.id for batch in batches],
             [batch.grant.layer_cost for batch in batches],
@@ -150,14 +159,9 @@ class InFlight:
         return self.finish(task, now)
 
     def _begin(self, batch: MicroBatch, team: Team) -> LayerTask:
-        part = self._part_for(batch, team)
-        assert part is not None
-        batch.unstarted.remove((team, part))
+        part = batch.unstarted.pop(team)
         batch.running += 1
         return LayerTask(batch.grant.id, batch.step, batch.layer, batch.half, team, part, batch.parts)
-
-    def _part_for(self, batch: MicroBatch, team: Team) -> int | None:
-        return next((part for owner, part in batch.unstarted if owner == team), None)
 
     def _note_chunk(self, batch: MicroBatch, batches: Sequence[MicroBatch], now: int) -> None:
         cost = batch.grant.layer_cost
@@ -184,10 +188,8 @@ class InFlight:
     def _enter(self, batch: MicroBatch) -> None:
         """Offer the tasks of the current layer half to the teams that run it."""
         if batch.half is Half.ATTENTION:
-            batch.unstarted = [(self._topology.attention_team(batch.grant.kv_device), 0)]
+            batch.unstarted = {self._attention_teams[batch.grant.kv_device]: 0}
         else:
             devices = self._topology.ffn_devices(batch.layer)
-            batch.unstarted = [
-                (self._topology.weights_team(device), part) for part, device in enumerate(devices)
-            ]
+            batch.unstarted = {self._weights_teams[device]: part for part, device in enumerate(devices)}
         batch.parts = len(batch.unstarted)

@@ -1,0 +1,1 @@
+"""Who runs layer tasks: the attention side, the FFN side, the channel between them, and the executor."""

@@ -1,0 +1,229 @@
+"""Tiny models under the real executor, with grants made by hand: no scheduler, no pools."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from crosspool.backends.factory import make_backends
+from crosspool.core.batch import Event, Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
+from crosspool.core.kv_layout import KvLayout, make_layout
+from crosspool.core.sampling import SamplingParams
+from crosspool.core.spec import ModelSpec
+from crosspool.core.topology import Sharding, Topology
+from crosspool.models.checkpoint import Checkpoint
+from crosspool.models.loader import load_attention_side, load_ffn
+from crosspool.models.moe_decoder import AttentionSide, AttentionSideWeights, FfnWeights, shard_ffn
+from crosspool.models.registry import read_spec
+from crosspool.workers.attention import AttentionWorker
+from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.executor import ThreadedExecutor
+from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
+
+PAGE_BYTES = 8192
+NUM_PAGES = 200
+PATIENCE = 60.0
+"""Seconds until a test gives up waiting for an event that must come."""
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint in memory."""
+
+    spec: ModelSpec
+    layout: KvLayout
+    weights: AttentionSideWeights
+    ffns: tuple[FfnWeights, ...]
+
+    @staticmethod
+    def load(folder: Path) -> TinyModel:
+        spec, checkpoint = read_spec(folder), Checkpoint(folder)
+        return TinyModel(
+            spec,
+            make_layout(spec, PAGE_BYTES),
+            load_attention_side(spec, checkpoint),
+            tuple(load_ffn(spec, checkpoint, layer) for layer in range(spec.num_layers)),
+        )
+
+
+@dataclass
+class HandMade:
+    """One request as a scheduler would know it."""
+
+    id: RequestId
+    model: ModelIndex
+    device: KvDevice
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    stops: frozenset[int]
+    pages: tuple[tuple[PageId, ...], ...]
+    computed: int = 0
+    output: list[int] = field(default_factory=list)
+    events: list[TokenEvent] = field(default_factory=list)
+
+    def row(self, tokens: int, steps: int) -> Row:
+        """The next ``tokens`` known tokens, and ``steps`` tokens to make."""
+        known = (*self.prompt, *self.output)
+        stop = self.computed + tokens
+        choice = TokenChoice(
+            params=self.params,
+            seed=11 + self.id,
+            output_index=len(self.output),
+            remaining=self.max_tokens - len(self.output),
+            stop_token_ids=self.stops,
+            prompt=self.prompt if self.params.penalised else (),
+            output=tuple(self.output) if self.params.penalised else (),
+        )
+        return Row(
+            self.id, self.computed, known[self.computed : stop], self.pages, choice if steps else None, steps
+        )
+
+
+class Rig:
+    """An executor and its arenas, which start full of bytes that are not a number in any dtype."""
+
+    def __init__(
+        self,
+        models: Sequence[TinyModel],
+        kv_devices: Sequence[str] = ("cpu:0",),
+        weights_devices: Sequence[str] = ("cpu:0",),
+        sharding: Sharding = Sharding.LAYER,
+    ) -> None:
+        self.models = models
+        topology = Topology(tuple(kv_devices), tuple(weights_devices), sharding)
+        self.arenas = [torch.full((NUM_PAGES, PAGE_BYTES), 255, dtype=torch.uint8) for _ in kv_devices]
+        attention = [
+            AttentionWorker(
+                {ModelIndex(i): AttentionSide(m.spec, m.layout, m.weights) for i, m in enumerate(models)},
+                arena,
+            )
+            for arena in self.arenas
+        ]
+        tables = [WeightTable() for _ in weights_devices]
+        for index, model in enumerate(models):
+            for layer, weights in enumerate(model.ffns):
+                devices = topology.ffn_devices(layer)
+                for part, device in enumerate(devices):
+                    shard = shard_ffn(weights, part, len(devices))
+                    row = WeightRow(model.spec.layers[layer].ffn, shard)
+                    tables[device].put(ModelIndex(index), layer, row)
+        self.executor = ThreadedExecutor(
+            topology,
+            make_backends(topology.teams, threads=1),
+            attention,
+            [FfnWorker(table) for table in tables],
+            {ModelIndex(i): model.spec.num_layers for i, model in enumerate(models)},
+            MonotonicClock(),
+        )
+        self.free = [list(range(NUM_PAGES)) for _ in kv_devices]
+        for device, pages in enumerate(self.free):
+            random.Random(device).shuffle(pages)
+        self.sequences: dict[RequestId, HandMade] = {}
+        self.retired: dict[GrantId, RetiredEvent] = {}
+        self._rows: dict[GrantId, list[tuple[HandMade, int]]] = {}
+
+    def sequence(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        model: int = 0,
+        device: int = 0,
+        params: SamplingParams | None = None,
+        stops: Sequence[int] = (),
+    ) -> HandMade:
+        layout = self.models[model].layout
+        chunks = layout.chunks(len(prompt) + max_tokens)
+        pages = tuple(tuple(PageId(self.free[device].pop()) for _ in range(chunks)) for _ in layout.groups)
+        new = HandMade(
+            RequestId(len(self.sequences)),
+            ModelIndex(model),
+            KvDevice(device),
+            tuple(prompt),
+            params or SamplingParams(temperature=0, max_tokens=None),
+            max_tokens,
+            frozenset(stops),
+            pages,
+        )
+        self.sequences[new.id] = new
+        return new
+
+    def grant(self, phase: Phase, rows: Sequence[tuple[HandMade, int, int]]) -> GrantId:
+        """Submit one micro-batch of (sequence, tokens, steps)."""
+        first = rows[0][0]
+        grant = Grant(
+            id=GrantId(len(self._rows)),
+            model=first.model,
+            phase=phase,
+            kv_device=first.device,
+            rows=tuple(sequence.row(tokens, steps) for sequence, tokens, steps in rows),
+            steps=max(1, max(steps for _, _, steps in rows)),
+            start_by=Nanoseconds(0),
+            interval=Nanoseconds(0),
+            layer_cost=Nanoseconds(1000),
+        )
+        self._rows[grant.id] = [(sequence, tokens) for sequence, tokens, _ in rows]
+        self.executor.submit(grant)
+        return grant.id
+
+    def prefill(self, *sequences: HandMade) -> GrantId:
+        """All known tokens in one chunk, and the first new one."""
+        rows = [(s, len(s.prompt) + len(s.output) - s.computed, 1) for s in sequences]
+        return self.grant(Phase.PREFILL, rows)
+
+    def decode(self, steps: int, *sequences: HandMade) -> GrantId:
+        return self.grant(Phase.DECODE, [(s, 1, min(steps, s.max_tokens - len(s.output))) for s in sequences])
+
+    def take(self) -> list[Event]:
+        """What has come by now, noted in the sequences."""
+        events = self.executor.poll()
+        for event in events:
+            if isinstance(event, TokenEvent):
+                sequence = self.sequences[event.request]
+                assert event.grant not in self.retired, "a token came after its grant retired"
+                sequence.output.append(event.token)
+                sequence.events.append(event)
+            else:
+                assert event.grant not in self.retired, "a grant retired twice"
+                self.retired[event.grant] = event
+                for sequence, tokens in self._rows[event.grant]:
+                    made = sum(1 for e in sequence.events if e.grant == event.grant)
+                    sequence.computed += tokens + max(0, made - 1)
+        return events
+
+    def finish(self, *grants: GrantId) -> list[RetiredEvent]:
+        """Wait until these grants have retired."""
+        clock = MonotonicClock()
+        limit = clock.now() + PATIENCE * 1e9
+        while not self.retired.keys() >= set(grants):
+            assert clock.now() < limit, f"grants {set(grants) - self.retired.keys()} did not retire"
+            self.executor.wait(PATIENCE)
+            self.take()
+        return [self.retired[grant] for grant in grants]
+
+    def run(self, *sequences: HandMade, steps: int = 4) -> list[list[int]]:
+        """Prefill each sequence alone, then decode all together to their ends. Returns their outputs."""
+        self.finish(*[self.prefill(sequence) for sequence in sequences])
+        while going := [s for s in sequences if s.events[-1].finish is None]:
+            self.finish(self.decode(steps, *going))
+        return [sequence.output for sequence in sequences]
+
+
+@contextmanager
+def rig(*models: TinyModel, **how: object) -> Iterator[Rig]:
+    """A rig that is closed at the end and must leave no thread behind."""
+    before = set(threading.enumerate())
+    made = Rig(models, **how)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.executor.close()
+    assert set(threading.enumerate()) <= before, "the executor left threads behind"
