@@ -77,7 +77,8 @@ class FastTokenizer:
         return self._decoder.leading_spaces
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch call, unlike the single one, lets other threads run meanwhile.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool) -> str:
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()
@@ -118,7 +119,6 @@ def load_tokenizer(folder: str | Path) -> FastTokenizer:
         raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    _mark_special(backend, special_tokens)
     _add_configured_tokens(backend, config, special_tokens)
     return FastTokenizer(backend, decoder, special_tokens)
 
