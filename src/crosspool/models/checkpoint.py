@@ -94,10 +94,11 @@ def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError(f"{index}: weight_map must be an object that names tensors")
-    for file in set(map(repr, weight_map.values())):
-        name = file[1:-1]
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CorruptCheckpointError(f"{index}: {file} is not a safetensors file of this folder")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CorruptCheckpointError(
+                f"{index}: {name} should be in a safetensors file of this folder, not in {file!r}"
+            )
     return weight_map
 
 

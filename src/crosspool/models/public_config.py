@@ -13,6 +13,8 @@ from crosspool.core.errors import CorruptCheckpointError, UnsupportedModelError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_SIZE = 2**31 - 1
+MAX_COUNT = 1 << 16
+"""The most layers, heads or experts that are believed."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -50,12 +52,16 @@ class PublicConfig:
                 return self.values[name]
         return self.defaults.get(names[0])
 
-    def size(self, *names: str, low: int = 1) -> int:
-        """An integer of at least ``low``."""
+    def size(self, *names: str, low: int = 1, high: int = MAX_SIZE) -> int:
+        """An integer from ``low`` to ``high``."""
         value = self.get(*names)
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= MAX_SIZE:
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
-        raise self.wrong(names[0], value, f"an integer of {low} to {MAX_SIZE}")
+        raise self.wrong(names[0], value, f"an integer from {low:,} to {high:,}")
+
+    def count(self, *names: str, low: int = 1) -> int:
+        """The number of layers, heads or experts."""
+        return self.size(*names, low=low, high=MAX_COUNT)
 
     def optional_size(self, *names: str, low: int = 1) -> int | None:
         return None if self.get(*names) is None else self.size(*names, low=low)

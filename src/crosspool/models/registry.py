@@ -49,8 +49,12 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
     file = folder / "config.json"
     values = read_json(file)
     chosen = _family(file, values)
-    if values.get("quantization_config") or values.get("compression_config"):
-        raise UnsupportedModelError(f"{file}: quantised checkpoints are not supported")
+    quantisation = values.get("quantization_config") or values.get("compression_config")
+    if quantisation:
+        method = (
+            quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        )
+        raise UnsupportedModelError(f"{file}: quantised checkpoints are not supported (method {method})")
     config = PublicConfig(file, values, chosen.defaults)
     return model_spec(chosen, config, _dtype(config, dtype), _eos_token_ids(folder, config))
 

@@ -69,7 +69,7 @@ def gqa(
     config: PublicConfig, *, qkv_bias: bool = False, output_bias: bool = False, qk_norm: bool = False
 ) -> tuple[GqaSpec, RopeSpec]:
     """Grouped-query attention and the rotary embedding over its whole heads."""
-    heads = config.size("num_attention_heads")
+    heads = config.count("num_attention_heads")
     kv_heads = config.optional_size("num_key_value_heads") or heads
     head_dim = config.optional_size("head_dim") or config.size("hidden_size") // heads
     if heads % kv_heads:
@@ -92,7 +92,7 @@ def mla(config: PublicConfig, *, interleaved: bool) -> tuple[MlaSpec, RopeSpec]:
     rotary = config.size("qk_rope_head_dim")
     rope = read_rope(config, rotary, interleaved=interleaved)
     spec = MlaSpec(
-        num_heads=config.size("num_attention_heads"),
+        num_heads=config.count("num_attention_heads"),
         q_lora_rank=config.optional_size("q_lora_rank"),
         kv_lora_rank=config.size("kv_lora_rank"),
         qk_nope_head_dim=nope,
@@ -110,8 +110,10 @@ def dense_ffn(config: PublicConfig) -> FfnSpec:
 
 def moe_ffn(config: PublicConfig, router: RouterSpec, *, intermediate: int, shared: int = 0) -> FfnSpec:
     """Routed experts. Raises CorruptCheckpointError for a router that cannot choose ``top_k`` experts."""
-    if router.num_experts % router.groups or router.top_groups > router.groups:
+    if router.num_experts % router.groups:
         raise config.wrong("n_group", router.groups, f"a divisor of {router.num_experts} experts")
+    if router.top_groups > router.groups:
+        raise config.wrong("topk_group", router.top_groups, f"at most the {router.groups} groups")
     candidates = router.num_experts // router.groups * router.top_groups
     if router.top_k > candidates:
         raise config.wrong(
@@ -134,21 +136,21 @@ def activation(config: PublicConfig) -> str:
 
 def uniform(config: PublicConfig, ffn: FfnSpec, window: int | None = None) -> tuple[LayerSpec, ...]:
     """All layers alike."""
-    return (LayerSpec(ffn, window),) * config.size("num_hidden_layers")
+    return (LayerSpec(ffn, window),) * config.count("num_hidden_layers")
 
 
 def leading_dense(
     config: PublicConfig, dense_layers: int, dense: FfnSpec, sparse: FfnSpec
 ) -> Iterable[LayerSpec]:
     """The first ``dense_layers`` layers are dense, the others have experts."""
-    for layer in range(config.size("num_hidden_layers")):
+    for layer in range(config.count("num_hidden_layers")):
         yield LayerSpec(dense if layer < dense_layers else sparse)
 
 
 def layer_windows(config: PublicConfig) -> list[int | None]:
     """Each layer's window as Qwen2 and Qwen3 configs say it: ``layer_types`` if given, otherwise the layers
     from ``max_window_layers`` on; none at all unless ``use_sliding_window``."""
-    count = config.size("num_hidden_layers")
+    count = config.count("num_hidden_layers")
     window = config.optional_size("sliding_window") if config.flag("use_sliding_window") else None
     types = config.get("layer_types")
     if types is None:

@@ -43,7 +43,7 @@ def _router(config: PublicConfig) -> RouterSpec:
         raise config.unsupported(f"moe_layer_freq {config.get('moe_layer_freq')} is not supported, only 1")
     grouped = method == "group_limited_greedy"
     return RouterSpec(
-        num_experts=config.size("n_routed_experts", "num_experts"),
+        num_experts=config.count("n_routed_experts", "num_experts"),
         top_k=config.size("num_experts_per_tok"),
         scale=config.number("routed_scaling_factor"),
         groups=config.size("n_group") if grouped else 1,

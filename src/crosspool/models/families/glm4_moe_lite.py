@@ -11,7 +11,7 @@ def geometry(config: PublicConfig) -> Geometry:
     if method != "noaux_tc":
         raise config.unsupported(f"topk_method {method!r} is not supported, only noaux_tc")
     router = RouterSpec(
-        num_experts=config.size("n_routed_experts", "num_local_experts"),
+        num_experts=config.count("n_routed_experts", "num_local_experts"),
         top_k=config.size("num_experts_per_tok"),
         scoring=Scoring.SIGMOID,
         normalise=config.flag("norm_topk_prob"),
@@ -35,7 +35,7 @@ def _layers(config: PublicConfig, dense: FfnSpec, sparse: FfnSpec) -> tuple[Laye
     if types is None:
         return tuple(leading_dense(config, config.size("first_k_dense_replace", low=0), dense, sparse))
     kinds = {"dense": dense, "sparse": sparse}
-    count = config.size("num_hidden_layers")
+    count = config.count("num_hidden_layers")
     if not isinstance(types, list) or len(types) != count or any(kind not in kinds for kind in types):
         raise config.wrong("mlp_layer_types", types, f"a list of {count} times dense or sparse")
     return tuple(LayerSpec(kinds[kind]) for kind in types)

@@ -9,7 +9,7 @@ from crosspool.models.weight_names import WeightNames
 def geometry(config: PublicConfig) -> Geometry:
     attention, rope = gqa(config)
     router = RouterSpec(
-        num_experts=config.size("num_local_experts", "num_experts"),
+        num_experts=config.count("num_local_experts", "num_experts"),
         top_k=config.size("num_experts_per_tok"),
         normalise=True,
     )

@@ -10,7 +10,7 @@ def geometry(config: PublicConfig) -> Geometry:
     attention, rope = gqa(config, qkv_bias=bias, output_bias=bias, qk_norm=True)
     window = config.optional_size("sliding_window") if config.flag("use_sliding_window") else None
     router = RouterSpec(
-        num_experts=config.size("num_experts", "num_local_experts"),
+        num_experts=config.count("num_experts", "num_local_experts"),
         top_k=config.size("num_experts_per_tok"),
         normalise=config.flag("norm_topk_prob"),
     )
@@ -20,7 +20,7 @@ def geometry(config: PublicConfig) -> Geometry:
     dense_layers = _mlp_only_layers(config)
     layers = tuple(
         LayerSpec(sparse if layer not in dense_layers and (layer + 1) % step == 0 else dense, window)
-        for layer in range(config.size("num_hidden_layers"))
+        for layer in range(config.count("num_hidden_layers"))
     )
     return Geometry(attention, rope, layers)
 
