@@ -19,10 +19,10 @@ INDEX_NAME = "zoo.json"
 
 
 class Weights(StrEnum):
-    """Where a model's weights come from."""
+    """Where a model's weights come from. UPCYCLED: made from real ones without changing what is computed."""
 
     REAL = "real"
-    UPCYCLED = "upcycled from real"
+    UPCYCLED = "upcycled"
     RANDOM = "random"
 
 

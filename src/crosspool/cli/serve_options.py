@@ -1,0 +1,80 @@
+"""The options of ``crosspool serve``, as typer reads them from annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosspool.cli.sizes import parse_bytes
+from crosspool.core.errors import ConfigError
+from crosspool.core.topology import Sharding
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder with a checkpoint, name=folder, or a hub id such as Qwen/Qwen3-30B-A3B.",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="A zoo file (TOML) with models and settings; options given here go first.")
+]
+Demo = Annotated[bool, typer.Option("--demo", help="Serve the demo zoo, building it if need be.")]
+DemoDir = Annotated[Path | None, typer.Option(help="Where the demo zoo is, if not in the user's cache.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (as stored), float32, bfloat16 or float16, for models whose zoo file says nothing."
+    ),
+]
+KvPool = Annotated[
+    int | None,
+    typer.Option(parser=_size, metavar="SIZE", help="KV pool, all devices together: 2GiB, 500MB or bytes."),
+]
+KvFraction = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="KV pool, as a share of the memory that the weights leave free."),
+]
+WeightsPool = Annotated[
+    int | None,
+    typer.Option(
+        parser=_size, metavar="SIZE", help="Weights pool, all devices together: 2GiB, 500MB or bytes."
+    ),
+]
+PageBytes = Annotated[
+    int | None,
+    typer.Option(parser=_size, metavar="SIZE", help="A KV page; by default chosen from the models."),
+]
+KvDevices = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Devices of the KV pool, for instance cpu:0."),
+]
+WeightsDevices = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Devices of the weights pool, for instance cpu:1,cpu:2."),
+]
+FfnSharding = Annotated[
+    Sharding | None,
+    typer.Option(help="How FFNs are spread over several weights devices.", show_default="layer"),
+]
+Threads = Annotated[int | None, typer.Option(help="Cores of each device; by default the cores are divided.")]
+TtftTarget = Annotated[float | None, typer.Option(metavar="MS", help="Aim for the time to the first token.")]
+TbtTarget = Annotated[float | None, typer.Option(metavar="MS", help="Aim for the time between tokens.")]
+Host = Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.", show_default="8000")]
+Key = Annotated[
+    str | None,
+    typer.Option(help="Ask clients for this key. A zoo file keeps it out of the list of processes."),
+]
+Json = Annotated[bool, typer.Option("--json", help="When ready, print models and pools as one line of JSON.")]
