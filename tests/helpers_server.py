@@ -24,7 +24,8 @@ import helpers_fake_engine
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig
 from crosspool.server.config import LimitsConfig, ServerConfig, SupervisionConfig
 from crosspool.server.run import serve
-from crosspool.server.supervisor import CELL_COMMAND
+
+FAKE_CELL = (sys.executable, helpers_fake_engine.__file__)
 
 
 @dataclass
@@ -68,21 +69,22 @@ class RunningServer:
 def running_server(
     models: Mapping[str, Path],
     *,
-    fake: bool,
+    cell_command: Sequence[str] = FAKE_CELL,
     server: Mapping[str, Any] | None = None,
     pools: Mapping[str, int] | None = None,
+    url: str | None = None,
 ) -> Iterator[RunningServer]:
-    """A server of these models, over a fake engine or the real one, from ready to killed."""
+    """A server of these models, from ready to killed. With ``url`` it is not waited for."""
     description = {
         "models": {name: str(path) for name, path in models.items()},
-        "fake": fake,
+        "cell_command": list(cell_command),
         "server": {"port": 0, **(server or {})},
         "pools": pools or {},
     }
     command = [sys.executable, __file__, json.dumps(description)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        url = process.stdout.readline().strip()
+        url = url or process.stdout.readline().strip()
         assert url, f"the server ended with status {process.wait()}"
         yield RunningServer(process, url)
     finally:
@@ -99,14 +101,11 @@ def main(description: dict[str, Any]) -> int:
         models=tuple(ModelConfig(name, path) for name, path in description["models"].items()),
         pools=PoolConfig(**description["pools"]),
     )
-    command: Sequence[str] = CELL_COMMAND
-    if description["fake"]:
-        command = (sys.executable, helpers_fake_engine.__file__)
     return serve(
         engine,
         ServerConfig(**options),
         on_ready=lambda info, url: print(url, flush=True),
-        cell_command=command,
+        cell_command=description["cell_command"],
     )
 
 

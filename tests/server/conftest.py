@@ -43,7 +43,7 @@ def fake_config(tokenizer_folder: Path) -> EngineConfig:
 
 @pytest.fixture(scope="session")
 def fake_cell_command() -> tuple[str, ...]:
-    return (sys.executable, str(Path(helpers_fake_engine.__file__)))
+    return (sys.executable, helpers_fake_engine.__file__)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,7 @@ def models(tokenizer_folder: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def server(models: dict[str, Path]) -> Iterator[RunningServer]:
-    with running_server(models, fake=True) as server:
+    with running_server(models) as server:
         yield server
 
 
@@ -129,7 +130,7 @@ async def test_sigterm_drains_running_requests_and_refuses_new_ones(server: Runn
 async def test_what_does_not_finish_in_the_time_of_the_drain_ends_with_an_error(
     models: dict[str, Path],
 ) -> None:
-    with running_server(models, fake=True, server={"drain_timeout": 0.5}) as server:
+    with running_server(models, server={"drain_timeout": 0.5}) as server:
         with ThreadPoolExecutor() as pool:
             running = [pool.submit(complete, server, stream=stream) for stream in (True, False)]
             await wait_until(lambda: not server.all_pages_free(), "nothing runs", 10)
@@ -140,6 +141,29 @@ async def test_what_does_not_finish_in_the_time_of_the_drain_ends_with_an_error(
         assert whole.status_code == 503
         assert server.process.wait(30) == 0
         assert not cell.is_running()
+
+
+async def test_while_models_load_the_server_answers_and_can_be_stopped(models: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    silent = (sys.executable, "-c", "import time; time.sleep(600)", "--socket")
+    with running_server(models, cell_command=silent, server={"port": port}, url=url) as server:
+        await wait_until(lambda: answers(f"{url}/health"), "not live", 20)
+        response = httpx.get(f"{url}/ready")
+        assert (response.status_code, response.json()["engine"]) == (503, "loading")
+        assert "loading" in complete(server).json()["error"]["message"]
+        cell = server.cell()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert not cell.is_running()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 async def test_a_second_signal_ends_the_drain(server: RunningServer) -> None:
@@ -162,7 +186,7 @@ async def test_the_cell_ends_when_the_api_process_is_killed(server: RunningServe
 @pytest.fixture(scope="module")
 def impatient(tokenizer_folder: Path) -> Iterator[RunningServer]:
     limits = {"header_timeout": 0.5, "max_header_bytes": 4096}
-    with running_server({"tiny": tokenizer_folder}, fake=True, server={"limits": limits}) as server:
+    with running_server({"tiny": tokenizer_folder}, server={"limits": limits}) as server:
         yield server
 
 

@@ -15,6 +15,7 @@ from threading import Lock
 import zmq
 import zmq.asyncio
 
+from crosspool.core.errors import ConfigError
 from crosspool.server.messages import Codec, Command, Event
 
 NO_LIMIT = 0
@@ -29,7 +30,10 @@ def _events(path: str) -> str:
 
 
 class ApiChannel:
-    """The API process's end. Makes a private folder for the sockets and removes it when closed."""
+    """The API process's end. Makes a private folder for the sockets and removes it when closed.
+
+    Raises ConfigError if the system's folder for temporary files cannot hold Unix sockets.
+    """
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="crosspool-")
@@ -38,7 +42,12 @@ class ApiChannel:
         self._context = zmq.asyncio.Context()
         self._events = self._context.socket(zmq.PULL)
         self._events.set_hwm(NO_LIMIT)
-        self._events.bind(_events(self.path))
+        try:
+            self._events.bind(_events(self.path))
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise ConfigError(f"no Unix socket can be made as {self.path}: {error.strerror}") from None
         self._commands: zmq.Socket[bytes] = zmq.Context.shadow(self._context).socket(zmq.PUSH)
         self._commands.set_hwm(NO_LIMIT)
         self._commands.connect(_commands(self.path))
