@@ -29,13 +29,16 @@ def test_the_processor_as_the_kernel_describes_it(tmp_path: Path) -> None:
         "processor\t: 0\nmodel name\t: Fast 9000\nflags\t\t: sse2 avx2 avx512f\n\nprocessor\t: 1\n",
     )
     nodes = tmp_path / "sys/devices/system/node"
-    for node, cpus, kib in ((10, "4-7", 2048), (2, "0-3", 1024)):
-        write(nodes / f"node{node}/cpulist", f"{cpus}\n")
-        write(nodes / f"node{node}/meminfo", f"Node {node} MemTotal:  {kib} kB\nNode {node} MemFree: 1 kB\n")
+    for node in (10, 2, 7, 0, 11, 4):
+        write(nodes / f"node{node}/cpulist", f"{node}\n")
+        total = f"Node {node} MemTotal:  {node + 1024} kB\n"
+        write(nodes / f"node{node}/meminfo", f"{total}Node {node} MemFree: 1 kB\n")
     found = find_processor(tmp_path / "proc", tmp_path / "sys")
     assert found.model == "Fast 9000"
     assert found.features == {"avx2": True, "avx512f": True, "avx512_bf16": False, "amx_bf16": False}
-    assert found.numa_nodes == (NumaNode(2, "0-3", 1 << 20), NumaNode(10, "4-7", 2 << 20))
+    assert found.numa_nodes == tuple(
+        NumaNode(node, str(node), (node + 1024) * 1024) for node in (0, 2, 4, 7, 10, 11)
+    )
     assert found.cores == len(os.sched_getaffinity(0))
 
 
