@@ -119,6 +119,7 @@ def load_tokenizer(folder: str | Path) -> FastTokenizer:
         raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
+    _mark_special(backend, special_tokens)
     _add_configured_tokens(backend, config, special_tokens)
     return FastTokenizer(backend, decoder, special_tokens)
 
