@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from crosspool.core.errors import CrossPoolError, OverloadedError
+from crosspool.core.errors import OverloadedError
 from crosspool.core.ids import ModelIndex, RequestId
 from crosspool.core.info import EngineInfo, EngineStats, ModelInfo
 from crosspool.core.request import EngineOutput, FinishReason, Request, TokenLogprobs
@@ -52,14 +52,13 @@ def logprobs_of(token: int, count: int) -> TokenLogprobs:
 class ScriptedEngine:
     """Keeps Engine's contract. Each step makes ``tokens_per_step`` tokens of each running request.
 
-    At most ``queue`` requests are taken at a time. ``fails`` raises after so many steps.
+    At most ``queue`` requests are taken at a time.
     """
 
     info: EngineInfo
     script: Script = repeat_prompt
     tokens_per_step: int = 2
     queue: int = 1000
-    fails_after: int | None = None
     added: list[Request] = field(default_factory=list)
     finishes: list[tuple[RequestId, int]] = field(default_factory=list)
     aborts: list[RequestId] = field(default_factory=list)
@@ -88,8 +87,6 @@ class ScriptedEngine:
 
     def step(self) -> list[EngineOutput]:
         self.steps += 1
-        if self.fails_after is not None and self.steps > self.fails_after:
-            raise CrossPoolError("the engine was told to fail")
         outputs, self._ended = self._ended, []
         for request, made in list(self._running.values()):
             outputs.append(self._advance(request, made))

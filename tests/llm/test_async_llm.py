@@ -1,6 +1,7 @@
 """AsyncLLM over a scripted engine: streams, merging, stop strings and aborts."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -18,8 +19,6 @@ from helpers_engine import ScriptedClient, ScriptedEngine, engine_info, model_in
 from helpers_tokenizers import byte_level, save
 
 pytestmark = pytest.mark.integration
-
-LONG = SamplingParams(max_tokens=60)
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +163,6 @@ async def test_refusals_come_from_prepare(make, folder):
 
 
 async def test_tokenizing_leaves_the_event_loop_free(make, monkeypatch):
-    import threading
-
     llm = await make()
     front = llm.front("a")
     threads = []

@@ -11,7 +11,7 @@ from crosspool.core.errors import (
     OverloadedError,
     RequestTooLargeError,
 )
-from crosspool.core.request import FinishReason
+from crosspool.core.request import EngineOutput, FinishReason
 from helpers_engine import ScriptedEngine, engine_info, model_info
 from helpers_tokenizers import byte_level, save
 
@@ -199,8 +199,6 @@ def test_a_request_that_fails_in_the_engine_says_so(make, monkeypatch):
     advance = type(llm._engine)._advance
 
     def fail_second(engine, request, made):
-        from crosspool.core.request import EngineOutput
-
         if request.id == 1:
             engine._running.pop(request.id)
             return EngineOutput(request.id, (), finish_reason=FinishReason.ERROR, error="out of memory")
