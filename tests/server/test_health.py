@@ -22,6 +22,17 @@ async def test_a_serving_server_is_live_and_ready(application) -> None:
         ("broken", False),
     ]
     assert "truncated" in answer["models"][2]["error"]
+    info = application.state.llm.front("tiny").model
+    assert answer["models"][0] == {
+        "name": "tiny",
+        "ready": True,
+        "error": None,
+        "residency": info.residency,
+        "attention_bytes": info.attention_bytes,
+        "ffn_bytes": info.ffn_bytes,
+        "kv_bytes_per_token": info.kv_bytes_per_token,
+        "max_model_len": min(info.max_context, info.max_pool_tokens),
+    }
 
 
 @pytest.mark.parametrize(

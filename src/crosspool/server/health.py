@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from crosspool import __version__
 from crosspool.core.errors import EngineDeadError
-from crosspool.core.info import EngineStats
+from crosspool.core.info import EngineStats, ModelInfo
 from crosspool.metrics.prometheus import CONTENT_TYPE
 from crosspool.server.state import ServerState
 from crosspool.server.supervisor import EngineState
@@ -62,10 +62,20 @@ def _models(state: ServerState) -> list[dict[str, Any]]:
             }
             for progress in state.loading.values()
         ]
-    return [
-        {"name": model.name, "ready": state.ready and model.error is None, "error": model.error}
-        for model in state.open_llm.models
-    ]
+    return [_model(model, state.ready) for model in state.open_llm.models]
+
+
+def _model(model: ModelInfo, ready: bool) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "ready": ready and model.error is None,
+        "error": model.error,
+        "residency": model.residency,
+        "attention_bytes": model.attention_bytes,
+        "ffn_bytes": model.ffn_bytes,
+        "kv_bytes_per_token": model.kv_bytes_per_token,
+        "max_model_len": min(model.max_context, model.max_pool_tokens),
+    }
 
 
 async def _stats(state: ServerState) -> EngineStats | None:
