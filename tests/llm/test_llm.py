@@ -5,6 +5,7 @@ import pytest
 from crosspool import LLM, SamplingParams
 from crosspool.core.errors import (
     CrossPoolError,
+    EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
     ModelUnavailableError,
@@ -218,3 +219,6 @@ def test_closing(folder):
     assert engine.closed
     assert process.returncode is not None
     llm.close()
+    with pytest.raises(EngineDeadError, match="this LLM is closed"):
+        llm.generate([5])
+    assert engine.added[1:] == []

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from crosspool.core.config import SchedulerConfig
-from crosspool.core.errors import InvalidRequestError, InvariantError, OverloadedError
+from crosspool.core.errors import EngineDeadError, InvalidRequestError, InvariantError, OverloadedError
 from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineStats, ModelInfo
 from crosspool.core.request import EngineOutput, Request
@@ -85,6 +85,7 @@ class LLM:
         self._fronts = Fronts.open(engine.info)
         self._generator = random.Random(seed)
         self._ids = count()
+        self._closed = False
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
@@ -132,8 +133,10 @@ class LLM:
 
     def close(self) -> None:
         """Stop the workers and give back the pools' memory. Closing twice does no harm."""
-        self._fronts.close()
-        self._engine.close()
+        if not self._closed:
+            self._closed = True
+            self._fronts.close()
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +152,8 @@ class LLM:
         return front.submit(token_ids, params, lambda: RequestId(next(self._ids)), self._generator)
 
     def _run(self, submissions: Sequence[Submission], prompts: Sequence[str | None]) -> list[RequestOutput]:
+        if self._closed:
+            raise EngineDeadError("this LLM is closed")
         run = _Run(self._engine, submissions)
         run.to_the_end()
         return [
@@ -201,13 +206,17 @@ class _Run:
     def _add_waiting(self) -> None:
         """As many as the engine takes now; a full queue has room again later."""
         while self._waiting:
+            request = self._waiting[0]
+            # Noted before it is added, so that an interrupt in between does not leave it behind.
+            self._unfinished.add(request.id)
             try:
-                self._engine.add(self._waiting[0])
+                self._engine.add(request)
             except OverloadedError:
+                self._unfinished.remove(request.id)
                 if not self._engine.has_work():
                     raise
                 return
-            self._unfinished.add(self._waiting.popleft().id)
+            self._waiting.popleft()
 
     def _take(self, output: EngineOutput) -> None:
         """Outputs of an earlier, interrupted call and what comes after a stop string are not wanted."""
