@@ -38,6 +38,12 @@ def test_a_name_is_before_the_first_equals_sign(argument: str, name: str | None,
     assert split_name(argument) == (name, place)
 
 
+def test_a_folder_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a=b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert split_name("a=b") == (None, "a=b")
+
+
 def test_a_folder_is_named_as_its_last_part(tmp_path: Path) -> None:
     (tmp_path / "models" / "a").mkdir(parents=True)
     folder = tmp_path / "models" / "a"

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosspool.demo.zoo import Weights
+from crosspool.models.registry import read_spec
 from helpers_zoo import demo_zoo, model_folder
 
 pytestmark = pytest.mark.integration
@@ -67,6 +68,14 @@ def test_the_random_models_load_whole(name: str) -> None:
     assert sum(weights.numel() for weights in model.parameters()) == parameters
     with torch.inference_mode():
         assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_our_own_reading_of_every_config_counts_the_same_weights() -> None:
+    for model in demo_zoo().models:
+        spec = read_spec(model_folder(model.name))
+        assert spec.architecture == model.architecture
+        assert spec.attention_side_bytes + spec.total_ffn_bytes == model.parameters * 2
+        assert spec.eos_token_ids == (2,)
 
 
 def test_the_tokenizer() -> None:

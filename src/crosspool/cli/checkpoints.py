@@ -13,9 +13,9 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "vocab.tx
 
 
 def split_name(argument: str) -> tuple[str | None, str]:
-    """``name=place`` as (name, place); a place alone has the name None."""
+    """``name=place`` as (name, place). The name is None if there is none, or if all of it is a folder."""
     name, equals, place = argument.partition("=")
-    return (name, place) if equals else (None, argument)
+    return (name, place) if equals and not Path(argument).is_dir() else (None, argument)
 
 
 def find_checkpoint(place: str, base: Path) -> tuple[str, Path]:
