@@ -21,7 +21,9 @@ def test_write_touches_the_named_slots_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 5, 6, 100])
-@pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 5), (0, 13), (9, 1), (10, 1), (7, 6), (10, 10)])
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 1), (0, 5), (0, 13), (9, 1), (9, 2), (10, 1), (7, 6), (10, 10)]
+)
 def test_what_queries_see(first: int, count: int, window: int | None) -> None:
     rows = paged_rows([(3, 2), (first, count)], (2,))
     context = visible_context(rows.batch, 1, 1, TOKENS_PER_PAGE, window)

@@ -1,0 +1,175 @@
+"""A model folder's config.json to its ModelSpec, and what is said about folders that cannot be served."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosspool.core.errors import CorruptCheckpointError, UnsupportedModelError
+from crosspool.core.spec import DType, GqaSpec, ModelSpec
+from crosspool.models.registry import FAMILIES, family, read_spec
+
+pytestmark = pytest.mark.unit
+
+PUBLIC = Path(__file__).parent.parent / "data" / "configs"
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "torch_dtype": "bfloat16",
+}
+
+
+def spec_of(folder: Path, dtype: str = "auto", **changes: Any) -> ModelSpec:
+    (folder / "config.json").write_text(json.dumps({**TINY, **changes}), encoding="utf-8")
+    return read_spec(folder, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_bytes"),
+    [("qwen3-30b-a3b", 98_304), ("deepseek-v2-lite", 31_104), ("glm-4.7-flash", 54_144)],
+)
+def test_kv_bytes_of_one_token(name: str, kv_bytes: int) -> None:
+    assert read_spec(PUBLIC / name).kv_bytes_per_token == kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("mistral-7b-v0.1", 7_241_732_096),
+        ("qwen2.5-7b-instruct", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
+        ("mixtral-8x7b-v0.1", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("deepseek-v2-lite", 15_706_484_224),
+        ("deepseek-v2", 235_741_434_880),
+    ],
+)
+def test_total_parameters_are_those_of_the_model_card(name: str, parameters: int) -> None:
+    spec = read_spec(PUBLIC / name)
+    assert spec.attention_side_bytes + spec.total_ffn_bytes == 2 * parameters
+
+
+def test_reading_a_spec_needs_no_torch() -> None:
+    code = (
+        "import sys; from crosspool.models.registry import read_spec; "
+        f"read_spec({str(PUBLIC / 'glm-4.7-flash')!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_eight_families() -> None:
+    assert set(FAMILIES) == {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "DeepseekV2ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+    }
+    assert family("MixtralForCausalLM").architecture == "MixtralForCausalLM"
+    with pytest.raises(UnsupportedModelError, match="no family for Gpt2"):
+        family("Gpt2")
+
+
+def test_dtype_is_as_stored_or_as_asked(tmp_path: Path) -> None:
+    assert spec_of(tmp_path).dtype is DType.BFLOAT16
+    assert spec_of(tmp_path, torch_dtype="float16").dtype is DType.FLOAT16
+    assert spec_of(tmp_path, dtype="float32").dtype is DType.FLOAT32
+    assert read_spec(tmp_path, "float16").dtype is DType.FLOAT16
+    without = {key: value for key, value in TINY.items() if key != "torch_dtype"}
+    (tmp_path / "config.json").write_text(json.dumps(without), encoding="utf-8")
+    assert read_spec(tmp_path).dtype is DType.FLOAT32
+    with pytest.raises(UnsupportedModelError, match="dtype 'float8_e4m3fn' is not supported"):
+        spec_of(tmp_path, torch_dtype="float8_e4m3fn")
+
+
+def test_the_newer_dtype_key_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "dtype": "float32"}), encoding="utf-8")
+    assert read_spec(tmp_path).dtype is DType.FLOAT32
+
+
+def test_end_of_sequence_ids(tmp_path: Path) -> None:
+    generation = tmp_path / "generation_config.json"
+    assert spec_of(tmp_path).eos_token_ids == (2,)
+    assert spec_of(tmp_path, eos_token_id=None).eos_token_ids == ()
+    assert spec_of(tmp_path, eos_token_id=[7, 9, 7]).eos_token_ids == (7, 9)
+    generation.write_text('{"temperature": 0.6}', encoding="utf-8")
+    assert spec_of(tmp_path, eos_token_id=5).eos_token_ids == (5,)
+    generation.write_text('{"eos_token_id": [3, 4]}', encoding="utf-8")
+    assert spec_of(tmp_path, eos_token_id=5).eos_token_ids == (3, 4)
+    generation.write_text('{"eos_token_id": "</s>"}', encoding="utf-8")
+    with pytest.raises(CorruptCheckpointError, match=r"generation_config.json: eos_token_id must be"):
+        spec_of(tmp_path)
+    generation.write_text("{", encoding="utf-8")
+    with pytest.raises(CorruptCheckpointError, match=r"generation_config.json is not valid JSON"):
+        spec_of(tmp_path)
+
+
+def test_one_known_architecture_is_enough(tmp_path: Path) -> None:
+    assert spec_of(tmp_path, architectures=["Custom", "LlamaForCausalLM"]).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "names no architectures; supported: Llama"),
+        ({"architectures": []}, "names no architectures"),
+        ({"architectures": "LlamaForCausalLM"}, "names no architectures"),
+        ({"architectures": ["MambaForCausalLM", 3]}, "no family for MambaForCausalLM, 3; supported: Llama"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .* (method gptq)"),
+        ({"compression_config": {"format": "x"}}, "quantised .* (method unknown)"),
+        ({"hidden_act": "swish_glu"}, "hidden_act 'swish_glu' is not supported"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({"rope_scaling": {"type": "su", "factor": 2}}, "'su' is not supported"),
+    ],
+)
+def test_models_that_are_not_covered(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        spec_of(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(error.value)
+    for part in message.split(" .* "):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size must be an integer from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer from 1 to 65,536, not 0"),
+        ({"num_hidden_layers": 2_000_000_000}, "not 2000000000"),
+        ({"vocab_size": "50"}, "vocab_size must be"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_configs_that_are_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorruptCheckpointError) as error:
+        spec_of(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(CorruptCheckpointError, match=r"config.json cannot be read"):
+        read_spec(tmp_path / "nowhere")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CorruptCheckpointError, match=r"config.json cannot be read"):
+        read_spec(tmp_path)
+
+
+def test_derived_geometry(tmp_path: Path) -> None:
+    attention = spec_of(tmp_path).attention
+    assert isinstance(attention, GqaSpec)
+    assert (attention.num_kv_heads, attention.head_dim) == (4, 6)
+    assert attention.scale == pytest.approx(6**-0.5)
