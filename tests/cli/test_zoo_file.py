@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from crosspool.cli.settings import ModelEntry
 from crosspool.cli.zoo_file import read_zoo_file
+from crosspool.core.config import SchedulerConfig
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
+from crosspool.server.config import LimitsConfig, ServerConfig, SupervisionConfig
 
 pytestmark = pytest.mark.unit
 
@@ -141,3 +144,21 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "zoo.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"zoo\.toml is not valid TOML"):
         read_zoo_file(tmp_path / "zoo.toml")
+
+
+def test_the_example_in_the_documentation_has_every_key_with_its_default(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)
+    settings = read_zoo_file(write(tmp_path, re.sub(r"^# (?=\w+ =)", "", example, flags=re.MULTILINE)))
+    assert SchedulerConfig(**settings.scheduler) == SchedulerConfig()
+    assert LimitsConfig(**settings.limits) == LimitsConfig()
+    assert SupervisionConfig(**settings.supervision) == SupervisionConfig()
+    assert replace(settings.server_config(), api_key=None) == ServerConfig()
+    tables = [
+        (SchedulerConfig, settings.scheduler),
+        (LimitsConfig, settings.limits),
+        (SupervisionConfig, settings.supervision),
+    ]
+    for config, given in tables:
+        assert set(given) == {entry.name for entry in fields(config)}
+    assert set(settings.devices) == {"kv_devices", "weights_devices", "sharding", "threads"}
