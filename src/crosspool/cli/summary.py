@@ -33,18 +33,17 @@ def print_summary(info: EngineInfo, server: ServerConfig, url: str) -> None:
             "KV per token",
             "longest sequence",
         ),
-        [_model_row(model) for model in info.models if model.error is None],
+        [_model_row(model) for model in info.models],
     )
     print_table(console, "Pools", ("pool", "devices", "size", "used by weights", "pages"), _pool_rows(info))
-    for model in info.models:
-        if model.error is not None:
-            console.print(f"{model.name} is not served: {model.error}", style="red", markup=False)
     serving = [model.name for model in info.models if model.error is None]
     if serving:
         console.print(_what_to_try(serving[0], server, url), markup=False, highlight=False, soft_wrap=True)
 
 
 def _model_row(model: ModelInfo) -> tuple[str, ...]:
+    if model.error is not None:
+        return (model.name, "", "", "", "", "failed", "", "")
     longest = min(model.max_context, model.max_pool_tokens)
     return (
         model.name,
