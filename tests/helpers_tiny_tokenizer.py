@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_tokenizer(folder: Path) -> None:
+def save_tiny_tokenizer(folder: Path, *, add_bos_token: bool = False) -> None:
     """Write tokenizer.json and tokenizer_config.json. A token is a byte; BOS and EOS come after them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
@@ -28,5 +28,10 @@ def save_tiny_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": BOS, "eos_token": EOS, "chat_template": CHAT_TEMPLATE}
+    config = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "chat_template": CHAT_TEMPLATE,
+        "add_bos_token": add_bos_token,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

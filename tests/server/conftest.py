@@ -31,11 +31,13 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fake_config(tokenizer_folder: Path) -> EngineConfig:
-    """Two models that serve and one that does not load."""
+    """Two models that serve, whose tokenizers differ in adding BOS, and one that does not load."""
+    other = tokenizer_folder.parent / "other"
+    save_tiny_tokenizer(other, add_bos_token=True)
     return EngineConfig(
         models=(
             ModelConfig("tiny", str(tokenizer_folder)),
-            ModelConfig("other", str(tokenizer_folder)),
+            ModelConfig("other", str(other)),
             ModelConfig("broken", str(tokenizer_folder.parent / helpers_fake_engine.BROKEN_FOLDER)),
         )
     )

@@ -179,9 +179,11 @@ async def test_a_cell_ends_with_its_parent(
     with parent:
         number, path = parent.stdout.readline().split()
         child = psutil.Process(int(number))
+        await wait_until(Path(f"{path}.commands").exists, "the cell does not listen", seconds=30)
+        assert not is_gone(child)
         parent.kill()
-        shutil.rmtree(Path(path).parent)
         await wait_until(lambda: is_gone(child), "the cell outlives its parent", seconds=20)
+        shutil.rmtree(Path(path).parent)
 
 
 def is_gone(process: psutil.Process) -> bool:

@@ -45,10 +45,12 @@ async def test_the_last_event_arrives_though_the_cell_closes_at_once(
     channels: tuple[ApiChannel, CellChannel],
 ) -> None:
     api, cell = channels
-    cell.send(messages.Failed("x", "last words"))
+    events = [messages.Failed("x", "last words" * number) for number in range(1000)]
+    for event in events:
+        cell.send(event)
     await asyncio.to_thread(cell.close, 5.0)
     async with asyncio.timeout(30):
-        assert await api.receive() == messages.Failed("x", "last words")
+        assert [await api.receive() for _ in events] == events
 
 
 async def test_the_sockets_are_in_a_private_folder_that_goes_away() -> None:

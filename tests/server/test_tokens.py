@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers_tiny_tokenizer import EOS, EOS_ID, VOCAB_SIZE
+from helpers_tiny_tokenizer import BOS_ID, EOS, EOS_ID, VOCAB_SIZE
 
 pytestmark = pytest.mark.integration
 
@@ -32,6 +32,13 @@ async def test_messages_are_rendered_first(application, with_prompt: bool, text:
     )
     plain = await application.post("/tokenize", model="tiny", prompt=text)
     assert answer.json()["tokens"] == plain.json()["tokens"]
+
+
+async def test_special_tokens_are_added_unless_they_are_not_wanted(application) -> None:
+    with_bos = await application.post("/tokenize", model="other", prompt="a")
+    without = await application.post("/tokenize", model="other", prompt="a", add_special_tokens=False)
+    assert with_bos.json()["tokens"] == [BOS_ID, *without.json()["tokens"]]
+    assert without.json()["count"] == 1
 
 
 async def test_an_empty_prompt_has_no_tokens(application) -> None:
