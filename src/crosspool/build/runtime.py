@@ -1,0 +1,191 @@
+"""Builds the real engine: control plane, devices, pools, loaded models and workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from crosspool.backends.base import Backend
+from crosspool.backends.factory import make_backends
+from crosspool.build.control import PoolPlan, assemble, plan_pools
+from crosspool.core.config import EngineConfig, ModelConfig
+from crosspool.core.errors import CrossPoolError, ModelLoadError
+from crosspool.core.ids import KvDevice, ModelIndex
+from crosspool.core.info import LoadProgress, ModelInfo
+from crosspool.core.kv_layout import KvLayout
+from crosspool.core.spec import ModelSpec
+from crosspool.core.topology import Topology
+from crosspool.engine.engine import Engine
+from crosspool.models.checkpoint import Checkpoint
+from crosspool.models.loader import load_attention_side, load_ffn
+from crosspool.models.moe_decoder import AttentionSide, shard_ffn
+from crosspool.models.registry import read_spec
+from crosspool.pools.ffn import FfnPool
+from crosspool.workers.attention import AttentionWorker
+from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.executor import ThreadedExecutor
+from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
+
+Progress = Callable[[LoadProgress], None]
+
+_log = logging.getLogger(__name__)
+_MEMORY_PAGE = 4096
+
+
+def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """Load all models and start the workers. ``progress`` is called from this thread.
+
+    A model that cannot be loaded fails alone: its ModelInfo says why. Raises ModelLoadError if none can,
+    ConfigError for devices that do not exist, OutOfMemoryError if the pools do not fit the memory.
+    """
+    topology = config.topology
+    backends = make_backends(topology.teams, config.threads)
+    report = progress or (lambda _: None)
+    errors: dict[ModelIndex, str] = {}
+    sources = _open_models(config, errors, report)
+    # All CPU devices have the host's memory together.
+    plan = plan_pools(config, [source.spec for source in sources], backends[0].free_bytes)
+    arenas = _allocate(topology, backends, plan)
+    loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), report)
+    for source, layout in zip(sources, plan.layouts, strict=True):
+        error = loader.load(source, layout)
+        if error is not None:
+            errors[source.index] = error
+    _require_any(config, loader.specs, errors)
+    clock = MonotonicClock()
+    executor = ThreadedExecutor(
+        topology,
+        backends,
+        [AttentionWorker(sides, arena) for sides, arena in zip(loader.sides, arenas, strict=True)],
+        [FfnWorker(table) for table in loader.tables],
+        {index: spec.num_layers for index, spec in loader.specs.items()},
+        clock,
+    )
+    infos = [
+        ModelInfo(model.name, ModelIndex(index), model.path, error=errors.get(ModelIndex(index)))
+        for index, model in enumerate(config.models)
+    ]
+    try:
+        plan = replace(plan, layouts=tuple(loader.layouts))
+        return assemble(config, infos, loader.specs, plan, loader.ffn_pool, executor, clock)
+    except BaseException:
+        executor.close()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A model that can be loaded as far as its config and the headers of its files say."""
+
+    index: ModelIndex
+    config: ModelConfig
+    spec: ModelSpec
+    checkpoint: Checkpoint
+
+
+def _open_models(config: EngineConfig, errors: dict[ModelIndex, str], report: Progress) -> list[_Source]:
+    sources = []
+    for number, model in enumerate(config.models):
+        index = ModelIndex(number)
+        try:
+            spec = read_spec(model.path, model.dtype)
+            sources.append(_Source(index, model, spec, Checkpoint(model.path)))
+        except CrossPoolError as error:
+            errors[index] = str(error)
+            report(LoadProgress(model.name, 0, 0, str(error)))
+    _require_any(config, sources, errors)
+    return sources
+
+
+def _require_any(config: EngineConfig, loaded: Collection[object], errors: Mapping[ModelIndex, str]) -> None:
+    if not loaded:
+        reasons = "; ".join(f"{config.models[index].name}: {errors[index]}" for index in sorted(errors))
+        raise ModelLoadError(f"no model could be loaded: {reasons}")
+
+
+def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan) -> list[Tensor]:
+    """One arena per KV device."""
+    teams = [topology.attention_team(KvDevice(device)) for device in range(len(topology.kv_devices))]
+    return [backends[team].new_arena(plan.pages_per_device, plan.page_bytes) for team in teams]
+
+
+class _Loader:
+    """Loads models one after another into attention sides and weight tables.
+
+    ``sides`` are in the order of the KV devices, ``tables`` in that of the weights devices; ``specs`` and
+    ``layouts`` are of the models that loaded, in one order.
+    """
+
+    def __init__(self, topology: Topology, ffn_pool: FfnPool, report: Progress) -> None:
+        self._topology = topology
+        self._report = report
+        self.ffn_pool = ffn_pool
+        self.sides: list[dict[ModelIndex, AttentionSide]] = [{} for _ in topology.kv_devices]
+        self.tables = [WeightTable() for _ in topology.weights_devices]
+        self.specs: dict[ModelIndex, ModelSpec] = {}
+        self.layouts: list[KvLayout] = []
+
+    def load(self, source: _Source, layout: KvLayout) -> str | None:
+        """Load one model wholly or not at all. Returns why it failed."""
+        spec, name = source.spec, source.config.name
+        total = spec.attention_side_bytes + spec.total_ffn_bytes
+        bytes_by_layer = [spec.ffn_bytes(layer) for layer in range(spec.num_layers)]
+        self._report(LoadProgress(name, 0, total))
+        try:
+            self.ffn_pool.begin_load(source.index, name, bytes_by_layer)
+        except CrossPoolError as error:
+            return self._failed(source, total, str(error))
+        try:
+            self._load_attention_side(source, layout)
+            done = spec.attention_side_bytes
+            self._report(LoadProgress(name, done, total))
+            for layer, layer_bytes in enumerate(bytes_by_layer):
+                self._load_layer(source, layer)
+                done += layer_bytes
+                self._report(LoadProgress(name, done, total))
+        except Exception as error:
+            self._unload(source.index)
+            if isinstance(error, CrossPoolError):
+                return self._failed(source, total, str(error))
+            _log.exception("model %s could not be loaded", name)
+            return self._failed(source, total, f"loading failed: {type(error).__name__}: {error}")
+        self.ffn_pool.finish_load(source.index, source.config.pinned)
+        self.specs[source.index] = spec
+        self.layouts.append(layout)
+        return None
+
+    def _load_attention_side(self, source: _Source, layout: KvLayout) -> None:
+        """One side per KV device over the same weights, for each keeps tables of its own."""
+        weights = load_attention_side(source.spec, source.checkpoint)
+        _read_in(weights.tensors())
+        for sides in self.sides:
+            sides[source.index] = AttentionSide(source.spec, layout, weights)
+
+    def _load_layer(self, source: _Source, layer: int) -> None:
+        weights = load_ffn(source.spec, source.checkpoint, layer)
+        _read_in(weights.tensors())
+        devices = self._topology.ffn_devices(layer)
+        for part, device in enumerate(devices):
+            shard = shard_ffn(weights, part, len(devices)) if len(devices) > 1 else weights
+            self.tables[device].put(source.index, layer, WeightRow(source.spec.layers[layer].ffn, shard))
+
+    def _unload(self, model: ModelIndex) -> None:
+        for sides in self.sides:
+            sides.pop(model, None)
+        for table in self.tables:
+            table.remove(model)
+        self.ffn_pool.fail_load(model)
+
+    def _failed(self, source: _Source, total: int, error: str) -> str:
+        self._report(LoadProgress(source.config.name, 0, total, error))
+        return error
+
+
+def _read_in(tensors: Iterable[Tensor]) -> None:
+    """Touch every page: views of a mapped file are read from the disk now, not during the first request."""
+    for tensor in tensors:
+        tensor.view(torch.uint8).flatten()[::_MEMORY_PAGE].sum()
