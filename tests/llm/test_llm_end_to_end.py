@@ -13,6 +13,7 @@ from transformers import DeepseekV2Config, LlamaConfig, MixtralConfig
 from crosspool import LLM, AsyncLLM, SamplingParams
 from crosspool.core.errors import (
     InvalidRequestError,
+    ModelLoadError,
     ModelNotFoundError,
     ModelUnavailableError,
     RequestTooLargeError,
@@ -92,6 +93,11 @@ def llm(zoo, tmp_path_factory):
         assert stats.kv_pages_free == stats.kv_pages_total
 
 
+def test_no_model_can_be_loaded(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"no model could be loaded: a: .*config\.json"):
+        LLM({"a": tmp_path})
+
+
 def public_greedy(model, prompt, count):
     tokens = list(prompt)
     for _ in range(count):
@@ -125,15 +131,22 @@ def test_logprobs_are_those_of_transformers(zoo, llm, name):
         assert [chance.logprob for chance in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def finished(llm, name, reason):
+    """How many requests of a model the engine says have ended so."""
+    return next(model for model in llm.stats().models if model.name == name).finished.get(reason, 0)
+
+
 def test_a_stop_string_ends_text_and_request(llm):
     (whole,) = llm.generate("What is", GREEDY, model="moe")
     middle = len(whole.text) // 2
     stop = whole.text[middle : middle + 3]
+    before = finished(llm, "moe", "stop")
     (stopped,) = llm.generate("What is", SamplingParams(temperature=0, max_tokens=20, stop=stop), model="moe")
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
     assert len(stopped.token_ids) < len(whole.token_ids)
     assert (stopped.finish_reason, stopped.completions[0].stop_reason) == (FinishReason.STOP, stop)
+    assert finished(llm, "moe", "stop") == before + 1
 
 
 def test_a_stop_token_counts_but_is_no_text(llm):
@@ -214,6 +227,7 @@ def test_an_interrupt_frees_every_page(llm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, SamplingParams(max_tokens=100, ignore_eos=True), model="moe")
     monkeypatch.undo()
+    assert finished(llm, "moe", "abort") == len(PROMPTS)
     (output,) = llm.generate([PROMPTS[0]], GREEDY, model="moe")
     assert len(output.token_ids) == GREEDY.max_tokens
     stats = llm.stats()

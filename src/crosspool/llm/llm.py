@@ -36,8 +36,8 @@ class LLM:
 
     ``models`` is {name: folder}, or a list of folders and "name=folder". Sizes are bytes; None lets the
     engine choose. ``seed`` makes the draws of requests without a seed of their own reproducible. A model that
-    cannot be loaded raises ModelUnavailableError when it is asked for; the others serve. Raises ConfigError
-    and OutOfMemoryError.
+    cannot be loaded raises ModelUnavailableError when it is asked for; the others serve. Raises ConfigError,
+    OutOfMemoryError, and ModelLoadError if no model can be loaded.
     """
 
     def __init__(
