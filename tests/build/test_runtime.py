@@ -261,8 +261,10 @@ def test_a_model_over_the_budget_is_refused_in_bytes(build, folders, expected):
     first = read_spec(folders["latent"]).total_ffn_bytes
     needed = read_spec(folders["windowed"]).total_ffn_bytes
     pools = PoolConfig(kv_pool_bytes=POOL, weights_pool_bytes=first + 7)
-    engine = build(config_of(folders, pools))
+    seen: list[LoadProgress] = []
+    engine = build(config_of(folders, pools), progress=seen.append)
     error = engine.info.model("windowed").error
+    assert [item.error for item in seen if item.model == "windowed"] == [None, error]
     assert f"{needed:,} bytes needed, 7 bytes free, {first:,} bytes evictable" in error
     assert engine.info.weights_used_bytes == first
     assert generate(engine, ["latent"])["latent"] == expected["latent"]
