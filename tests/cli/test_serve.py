@@ -147,10 +147,8 @@ def test_the_summary_names_both_pools_and_what_to_try(fake: FakeServer) -> None:
     assert "Loaded good, 200 B" in result.stderr
     assert result.stderr.count("bad will not be served: config.json is missing") == 1
     out = result.stdout
-    row = next(line.split() for line in out.splitlines() if "MixtralForCausalLM" in line)
-    assert " ".join(row) == (
-        "good MixtralForCausalLM bfloat16 100 MiB 3.00 GiB resident 22.5 KiB 4,000 tokens"
-    )
+    row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["good"])
+    assert " ".join(row) == ("good Mixtral bfloat16 100 MiB 3.00 GiB resident 22.5 KiB 4,000 tokens")
     assert "16,384 of 64.0 KiB" in out
     assert ["bad", "failed"] in [line.split() for line in out.splitlines()]
     assert 'crosspool chat good "What is the capital of France?"\n' in out

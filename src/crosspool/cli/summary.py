@@ -10,6 +10,10 @@ from crosspool.cli.tables import output_console, print_table
 from crosspool.core.info import EngineInfo, ModelInfo
 from crosspool.server.config import ServerConfig
 
+MODEL_COLUMNS = (
+    *("model", "architecture", "dtype", "attention side", "FFN weights", "state"),
+    *("KV per token", "longest sequence"),
+)
 QUESTION = "What is the capital of France?"
 
 
@@ -20,21 +24,7 @@ def json_summary(info: EngineInfo, url: str) -> str:
 def print_summary(info: EngineInfo, server: ServerConfig, url: str) -> None:
     console = output_console()
     console.print()
-    print_table(
-        console,
-        "Models",
-        (
-            "model",
-            "architecture",
-            "dtype",
-            "attention side",
-            "FFN weights",
-            "state",
-            "KV per token",
-            "longest sequence",
-        ),
-        [_model_row(model) for model in info.models],
-    )
+    print_table(console, "Models", MODEL_COLUMNS, [_model_row(model) for model in info.models])
     print_table(console, "Pools", ("pool", "devices", "size", "used by weights", "pages"), _pool_rows(info))
     serving = [model.name for model in info.models if model.error is None]
     if serving:
@@ -47,7 +37,7 @@ def _model_row(model: ModelInfo) -> tuple[str, ...]:
     longest = min(model.max_context, model.max_pool_tokens)
     return (
         model.name,
-        model.architecture,
+        model.architecture.removesuffix("ForCausalLM"),
         model.dtype,
         format_bytes(model.attention_bytes),
         format_bytes(model.ffn_bytes),
