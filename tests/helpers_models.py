@@ -78,6 +78,7 @@ class PagedModel:
     """
 
     def __init__(self, folder: Path, *, dtype: str = "auto", seed: int = 0, num_pages: int = 200) -> None:
+        torch.set_num_threads(1)
         self.spec = read_spec(folder, dtype)
         layers_per_page = -(-self.spec.num_layers // 3)
         page_bytes = 19 * layers_per_page * self.spec.kv_bytes_per_token_layer + 8

@@ -162,6 +162,16 @@ def test_sparse_layers_of_qwen3_moe(tmp_path: Path, values: dict[str, Any]) -> N
     assert asked_shapes(spec) == saved_shapes(model)
 
 
+def test_heads_of_qwen3_are_128_wide_unless_said(tmp_path: Path) -> None:
+    heads = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}
+    spec = spec_of(tmp_path, "Qwen3ForCausalLM", **heads)
+    assert isinstance(spec.attention, GqaSpec)
+    assert spec.attention.head_dim == 128
+    moe = spec_of(tmp_path, "Qwen3MoeForCausalLM", **heads)
+    assert isinstance(moe.attention, GqaSpec)
+    assert moe.attention.head_dim == 64
+
+
 @pytest.mark.parametrize("first", [0, 1, 3, 9])
 def test_leading_dense_layers(tmp_path: Path, first: int) -> None:
     for architecture in ("DeepseekV2ForCausalLM", "Glm4MoeLiteForCausalLM"):

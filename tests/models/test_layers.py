@@ -32,6 +32,7 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
         (64, 10000.0, {**YARN, "mscale": 1.0}),
         (64, 10000.0, {**YARN, "attention_factor": 1.25, "truncate": False}),
         (128, 1e6, {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "factor": None}),
+        (12, 10000.0, {**YARN, "beta_fast": 4000.0, "beta_slow": 660.0}),
         (12, 10000.0, {**YARN, "beta_fast": 4000.0, "beta_slow": 0.0001, "factor": 1.0}),
         (
             128,

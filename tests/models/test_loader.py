@@ -108,7 +108,7 @@ def test_experts_are_in_order_and_not_mixed_up(tmp_path: Path) -> None:
 def test_a_shard_index_is_followed(tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
     model = random_model(CONFIGS["qwen3-moe-normalised"]())
-    model.save_pretrained(folder, max_shard_size="20KB")
+    model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     whole = PagedModel(save_model(model, tmp_path / "whole"))
     parts = PagedModel(folder)

@@ -20,7 +20,6 @@ PROMPT = [(29 * i + 7) % 97 for i in range(40)]
 
 
 def paged(folder: Path, name: str, dtype: str = "auto") -> PagedModel:
-    torch.set_num_threads(1)
     return PagedModel(save_model(random_model(CONFIGS[name]()), folder), dtype=dtype)
 
 

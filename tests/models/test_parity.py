@@ -35,7 +35,6 @@ class Case:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    torch.set_num_threads(1)
     model = random_model(CONFIGS[request.param]())
     paged = PagedModel(save_model(model, tmp_path_factory.mktemp("model")))
     whole = paged.prefill("whole", PROMPT)

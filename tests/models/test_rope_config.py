@@ -68,6 +68,15 @@ def test_old_and_new_spellings_mean_the_same(kind: str, values: dict[str, Any]) 
     assert oldest.kind is RopeKind(kind)
 
 
+def test_where_both_spellings_are_present_the_old_one_counts() -> None:
+    """As the public config classes have it."""
+    both = rope(
+        rope_scaling={"type": "linear", "factor": 3.0},
+        rope_parameters={"rope_type": "linear", "factor": 2.0},
+    )
+    assert both.factor == 3.0
+
+
 def test_every_field_of_a_variant_is_read() -> None:
     yarn = rope(rope_scaling={"type": "yarn", "truncate": False, "attention_factor": 1.5, **YARN})
     assert (yarn.factor, yarn.original_max_position, yarn.beta_fast, yarn.beta_slow) == (40, 4096, 32, 2)
