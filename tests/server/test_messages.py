@@ -6,9 +6,11 @@ import pytest
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig
 from crosspool.core.errors import (
     ConfigError,
+    CorruptCheckpointError,
     CrossPoolError,
     EngineDeadError,
     InvariantError,
+    ModelLoadError,
     ModelUnavailableError,
     OutOfMemoryError,
     OverloadedError,
@@ -112,6 +114,7 @@ def test_a_rejection_becomes_the_same_error_again(error: CrossPoolError) -> None
     [
         (ConfigError("no"), ConfigError, "no"),
         (OutOfMemoryError("pool", needed=10, free=5), ConfigError, "10 bytes needed, 5 bytes free"),
+        (CorruptCheckpointError("a.safetensors is cut off"), ModelLoadError, "a.safetensors is cut off"),
         (InvariantError("page 3 twice"), EngineDeadError, "page 3 twice"),
         (RuntimeError("boom"), EngineDeadError, "RuntimeError: boom"),
     ],

@@ -24,7 +24,7 @@ from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineInfo, EngineStats, LoadProgress
 from crosspool.core.request import EngineOutput, Request
 from crosspool.server import messages
-from crosspool.server.channel import CellChannel
+from crosspool.server.channel import CellChannel, remove_sockets
 
 IDLE_WAIT = 0.5
 PARENT_POLL = 0.5
@@ -70,7 +70,7 @@ def main(build: EngineFactory, arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_watch_parent, args=(options.parent,), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(options.parent, options.socket), daemon=True).start()
     channel = CellChannel(options.socket)
     try:
         _build_and_serve(channel, build)
@@ -142,10 +142,11 @@ def _receive(channel: CellChannel, inbox: Inbox, wake: Callable[[], None]) -> No
         wake()
 
 
-def _watch_parent(parent: int) -> None:
+def _watch_parent(parent: int, path: str) -> None:
     """End the process, whatever it is doing, when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL)
+    remove_sockets(path)
     os._exit(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -27,6 +28,14 @@ def _commands(path: str) -> str:
 
 def _events(path: str) -> str:
     return f"ipc://{path}.events"
+
+
+def remove_sockets(path: str) -> None:
+    """Remove what an API process that was killed could not: its two sockets and their folder."""
+    for address in (_commands(path), _events(path)):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+    with suppress(OSError):
+        Path(path).parent.rmdir()
 
 
 class ApiChannel:

@@ -10,6 +10,7 @@ from crosspool.core.errors import (
     CrossPoolError,
     EngineDeadError,
     InvalidRequestError,
+    ModelLoadError,
     ModelNotFoundError,
     ModelUnavailableError,
     OutOfMemoryError,
@@ -112,6 +113,7 @@ _KINDS: dict[str, type[CrossPoolError]] = {
         ConfigError,
         EngineDeadError,
         InvalidRequestError,
+        ModelLoadError,
         ModelNotFoundError,
         ModelUnavailableError,
         OverloadedError,
@@ -132,6 +134,8 @@ def fail(error: Exception) -> Failed:
     Too little memory for the pools is a matter of configuration; whatever is not the operator's to mend is an
     EngineDeadError.
     """
+    if isinstance(error, ModelLoadError):
+        return Failed(ModelLoadError.__name__, str(error))
     if isinstance(error, ConfigError | OutOfMemoryError):
         return Failed(ConfigError.__name__, str(error))
     return Failed(EngineDeadError.__name__, f"{type(error).__name__}: {error}")

@@ -39,7 +39,8 @@ def serve(
 
     The first signal drains: running requests may finish; a second ends them. ``progress`` hears of loading,
     ``on_ready`` gets the engine and the server's URL when requests are served. Raises ConfigError, before
-    any model is loaded if the address cannot be had, and EngineDeadError if the engine ends while it loads.
+    any model is loaded if the address cannot be had, ModelLoadError if no model can be loaded, and
+    EngineDeadError if the engine process ends while it loads.
     """
     listener = listen(server.host, server.port)
     return asyncio.run(_Serving(engine, server, listener, progress, on_ready, cell_command).run())

@@ -68,8 +68,8 @@ class Supervisor:
     async def run(self) -> None:
         """Run one cell after another until cancelled.
 
-        Raises what the first cell failed with if it never became ready (ConfigError, EngineDeadError): that
-        is the operator's to mend, and starting again would not help.
+        Raises what the first cell failed with if it never became ready (ConfigError, ModelLoadError,
+        EngineDeadError): that is the operator's to mend, and starting again would not help.
         """
         while True:
             error = await self._run_cell()
