@@ -9,10 +9,12 @@ from contextlib import aclosing
 from itertools import count
 from typing import Any, Self
 
+from crosspool.build.start import start_engine
 from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineStats, ModelInfo
 from crosspool.core.request import EngineOutput, Request
 from crosspool.core.sampling import SamplingParams
+from crosspool.engine.async_engine import AsyncEngine
 from crosspool.engine.client import EngineClient
 from crosspool.llm.fronts import Fronts
 from crosspool.llm.options import Models, engine_config
@@ -44,12 +46,7 @@ class AsyncLLM:
     @classmethod
     async def build(cls, models: Models, **options: Any) -> Self:
         """With an engine of its own in this process; takes LLM's keyword arguments but for the seed."""
-        from crosspool.build.runtime import (
-            build_engine,
-        )  # torch, which a front of a remote engine has no use for
-        from crosspool.engine.async_engine import AsyncEngine
-
-        engine = await asyncio.to_thread(build_engine, engine_config(models, **options))
+        engine = await asyncio.to_thread(start_engine, engine_config(models, **options))
         return await cls.open(AsyncEngine(engine))
 
     @property

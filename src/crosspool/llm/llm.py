@@ -9,6 +9,7 @@ from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from crosspool.build.start import start_engine
 from crosspool.core.config import SchedulerConfig
 from crosspool.core.errors import EngineDeadError, InvalidRequestError, InvariantError, OverloadedError
 from crosspool.core.ids import RequestId
@@ -67,11 +68,7 @@ class LLM:
             threads=threads,
             scheduler=scheduler,
         )
-        from crosspool.build.runtime import (
-            build_engine,
-        )  # torch, which a front of a remote engine has no use for
-
-        self._use(build_engine(config), seed)
+        self._use(start_engine(config), seed)
 
     @classmethod
     def from_engine(cls, engine: Engine, *, seed: int = 0) -> Self:

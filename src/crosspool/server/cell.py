@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
+from crosspool.build.start import start_engine
 from crosspool.core.config import EngineConfig
 from crosspool.core.errors import CrossPoolError
 from crosspool.core.ids import RequestId
@@ -151,7 +152,5 @@ def _watch_parent(parent: int, path: str) -> None:
 
 
 if __name__ == "__main__":
-    from crosspool.build.runtime import build_engine
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.exit(main(build_engine))
+    sys.exit(main(start_engine))
