@@ -65,7 +65,8 @@ def _what_to_try(model: str, server: ServerConfig, url: str) -> str:
     key = "" if server.api_key is None else " \\\n    -H 'Authorization: Bearer YOUR_KEY'"
     option = "" if url == "http://127.0.0.1:8000" else f" --url {url}"
     option += "" if server.api_key is None else " --api-key YOUR_KEY"
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32})
+    messages = [{"role": "user", "content": QUESTION}]
+    body = json.dumps({"model": model, "messages": messages, "max_tokens": 32, "temperature": 0})
     return (
         f"Serving on {url}. Try:\n\n"
         f'  crosspool chat {model} "{QUESTION}"{option}\n\n'
