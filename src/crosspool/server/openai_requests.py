@@ -126,9 +126,11 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
 
+    add_generation_prompt: bool | None = None
+    continue_final_message: Any = None
+    documents: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -137,7 +139,10 @@ class ChatRequest(GenerationRequest):
     modalities: Any = None
     chat_template: Any = None
 
-    REFUSED = (*GenerationRequest.REFUSED, "functions", "audio", "chat_template")
+    REFUSED = (
+        *GenerationRequest.REFUSED,
+        *("functions", "audio", "chat_template", "documents", "continue_final_message"),
+    )
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -156,6 +161,10 @@ class ChatRequest(GenerationRequest):
         if self.tool_choice not in (None, "none", "auto"):
             raise InvalidRequestError(
                 "tool_choice is not supported, other than none", parameter="tool_choice"
+            )
+        if self.add_generation_prompt is False:
+            raise InvalidRequestError(
+                "add_generation_prompt is always true", parameter="add_generation_prompt"
             )
         if self.modalities not in (None, ["text"]):
             raise InvalidRequestError("modalities other than text are not supported", parameter="modalities")

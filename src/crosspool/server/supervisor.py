@@ -10,6 +10,7 @@ import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 
 from crosspool.core.config import EngineConfig
@@ -95,6 +96,8 @@ class Supervisor:
             return await self._follow(process, channel)
         finally:
             self._engine.detach(EngineDeadError("the engine process ended; the request is lost"))
+            if self.state is EngineState.READY:
+                self.state = EngineState.RESTARTING
             if process is not None and process.returncode is None:
                 await self._end(process, channel)
             channel.close()
@@ -111,7 +114,7 @@ class Supervisor:
             if reader.done():
                 return reader.result()
             if watchdog.done():
-                process.kill()
+                _kill(process)
                 return watchdog.result()
             return EngineDeadError(f"the engine process ended {_how(exited.result())}")
         finally:
@@ -171,18 +174,23 @@ class Supervisor:
     async def _end(self, process: Process, channel: ApiChannel) -> None:
         """End a cell: in order when it is ready, at once when it is still loading or does not comply."""
         if self._ready_since is None:
-            process.kill()
+            _kill(process)
         else:
             channel.send(messages.Shutdown(drain=False))
         try:
             await asyncio.wait_for(process.wait(), self._limits.shutdown_timeout)
         except TimeoutError:
-            process.kill()
+            _kill(process)
             await process.wait()
+
+
+def _kill(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()
 
 
 def _how(status: int) -> str:
     """An exit status in words."""
     if status < 0:
-        return f"by signal {signal.Signals(-status).name}"
+        return f"by signal {-status} ({signal.strsignal(-status)})"
     return f"with status {status}"

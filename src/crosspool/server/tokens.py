@@ -20,18 +20,7 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/tokenize", response_model=Tokenized)
     async def tokenize(body: TokenizeRequest) -> Response:
         front = state.llm.front(body.model)
-        tokens = await asyncio.to_thread(_tokens, front, body)
-        tokenizer = front.tokenizer
-        texts = None
-        if body.return_token_strs and tokenizer is not None:
-            texts = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
-        answer = Tokenized(
-            count=len(tokens),
-            max_model_len=min(front.model.max_context, front.model.max_pool_tokens),
-            tokens=list(tokens),
-            token_strs=texts,
-        )
-        return json_response(answer)
+        return json_response(await asyncio.to_thread(_tokenized, front, body))
 
     @routes.post("/detokenize", response_model=Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -39,6 +28,20 @@ def router(state: ServerState) -> APIRouter:
         return json_response(Detokenized(prompt=await asyncio.to_thread(front.detokenize, body.tokens)))
 
     return routes
+
+
+def _tokenized(front: ModelFront, body: TokenizeRequest) -> Tokenized:
+    tokens = _tokens(front, body)
+    tokenizer = front.tokenizer
+    texts = None
+    if body.return_token_strs and tokenizer is not None:
+        texts = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
+    return Tokenized(
+        count=len(tokens),
+        max_model_len=min(front.model.max_context, front.model.max_pool_tokens),
+        tokens=list(tokens),
+        token_strs=texts,
+    )
 
 
 def _tokens(front: ModelFront, body: TokenizeRequest) -> tuple[int, ...]:
