@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from crosspool.demo.checkpoint import from_bf16, to_bf16, weights_bytes, write_safetensors
+from crosspool.demo.checkpoint import to_bf16, weights_bytes, write_safetensors
 
 pytestmark = pytest.mark.backend
 
@@ -23,11 +23,6 @@ def test_rounding_equals_torch() -> None:
     values = np.concatenate([bits, ties]).view(np.float32)
     values = values[np.isfinite(values)]
     assert torch.equal(as_bf16_tensor(to_bf16(values)), torch.from_numpy(values).bfloat16())
-
-
-def test_bf16_to_float32_is_exact() -> None:
-    values = np.array([0.0, -1.5, 3.140625, 2.0**-100], dtype=np.float32)
-    assert np.array_equal(from_bf16(to_bf16(values)), values)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])

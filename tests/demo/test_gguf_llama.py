@@ -8,8 +8,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from crosspool.core.errors import ConfigError
-from crosspool.demo.checkpoint import from_bf16, to_bf16
+from crosspool.demo.checkpoint import to_bf16
 from crosspool.demo.gguf_llama import GgufLlama, hub_name, undo_rope_permutation
+from helpers_bf16 import from_bf16
 
 pytestmark = pytest.mark.unit
 

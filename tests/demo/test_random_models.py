@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crosspool.demo.checkpoint import from_bf16
 from crosspool.demo.random_models import (
     deepseek_v2_config,
     deepseek_v2_shapes,
@@ -11,6 +10,7 @@ from crosspool.demo.random_models import (
     qwen3_moe_shapes,
     random_tensors,
 )
+from helpers_bf16 import from_bf16
 
 pytestmark = pytest.mark.unit
 

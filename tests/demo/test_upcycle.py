@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from crosspool.demo.checkpoint import from_bf16, to_bf16
+from crosspool.demo.checkpoint import to_bf16
 from crosspool.demo.upcycle import paired_router, upcycle, upcycle_config
+from helpers_bf16 import from_bf16
 
 pytestmark = pytest.mark.backend
 

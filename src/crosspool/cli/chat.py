@@ -46,8 +46,10 @@ def chat(
     """
     from crosspool.cli.client import ServerClient
 
-    body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-    body |= {"top_p": top_p} if seed is None else {"top_p": top_p, "seed": seed}
+    body: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
+    body |= {"temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        body["seed"] = seed
     opening = [] if system is None else [{"role": "system", "content": system}]
     if question is None and not _is_interactive():
         question = sys.stdin.read()

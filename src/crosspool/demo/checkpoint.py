@@ -31,11 +31,6 @@ def to_bf16(values: NDArray[np.float32]) -> Bf16:
     return rounded
 
 
-def from_bf16(values: Bf16) -> NDArray[np.float32]:
-    """The float32 of each bfloat16, exactly."""
-    return (values.astype(np.uint32) << 16).view(np.float32)
-
-
 def weights_bytes(tensors: Iterable[NamedTensor]) -> int:
     return sum(values.nbytes for _, values in tensors)
 
