@@ -92,20 +92,26 @@ class LLM:
         return self._engine.stats()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, model: str | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        model: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts: a text, a list of token ids, or a list of either. One output each, in order.
 
-        ``params`` are for all prompts, or a list with one for each. ``model`` may be left out if there is
-        only one. Prompts are all checked before the first is started. Raises RequestError (a prompt or a
-        parameter is at fault) or ModelUnavailableError.
+        ``params`` and ``model`` are for all prompts, or lists with one for each: then several models work at
+        the same time. ``model`` may be left out if there is only one. Prompts are all checked before the
+        first is started. Raises RequestError (a prompt or a parameter is at fault) or ModelUnavailableError.
         """
-        front = self._fronts.get(model)
         each = _prompts(prompts)
-        submissions = [
-            self._submission(front, front.prompt_tokens(prompt), one)
-            for prompt, one in zip(each, _one_for_each(params, len(each)), strict=True)
-        ]
+        names = [model] * len(each) if model is None or isinstance(model, str) else list(model)
+        if len(names) != len(each):
+            raise InvalidRequestError(f"{len(names)} models for {len(each)} prompts", parameter="model")
+        submissions = []
+        for prompt, name, one in zip(each, names, _one_for_each(params, len(each)), strict=True):
+            front = self._fronts.get(name)
+            submissions.append(self._submission(front, front.prompt_tokens(prompt), one))
         texts = [prompt if isinstance(prompt, str) else None for prompt in each]
         return self._run(submissions, texts)
 
