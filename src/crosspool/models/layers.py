@@ -161,8 +161,7 @@ def mla(spec: MlaSpec, weights: MlaWeights, hidden: Tensor, rope: RopeTable, kv:
         hidden = functional.linear(hidden, weights.query_down, weights.query_down_bias)
         hidden = kernels.rms_norm(hidden, weights.query_norm, spec.latent_norm_eps)
     query = functional.linear(hidden, weights.query).view(len(hidden), spec.num_heads, -1)
-    expand = weights.expand.view(spec.num_heads, nope + spec.v_head_dim, rank)
-    query_latent = torch.bmm(query[..., :nope].transpose(0, 1), expand[:, :nope]).transpose(0, 1)
+    query_latent = torch.bmm(query[..., :nope].transpose(0, 1), weights.expand_key).transpose(0, 1)
     query_rotary = kernels.rope(query[..., nope:], cos, sin, rope.interleaved)
     attended = kernels.mla_attention(
         torch.cat((query_latent, query_rotary), dim=-1),
@@ -173,5 +172,5 @@ def mla(spec: MlaSpec, weights: MlaWeights, hidden: Tensor, rope: RopeTable, kv:
         kv.window,
         spec.scale,
     )
-    values = torch.bmm(attended.transpose(0, 1), expand[:, nope:].transpose(1, 2)).transpose(0, 1)
+    values = torch.bmm(attended.transpose(0, 1), weights.expand_value.transpose(1, 2)).transpose(0, 1)
     return functional.linear(values.flatten(1), weights.output, weights.output_bias)

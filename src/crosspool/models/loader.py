@@ -24,7 +24,8 @@ __all__ = ["Checkpoint", "load_attention_side", "load_ffn"]
 def load_attention_side(spec: ModelSpec, checkpoint: Checkpoint) -> AttentionSideWeights:
     """Everything that is not FFN: views of the mapped files where they store the model's dtype.
 
-    Raises MissingTensorError or TensorShapeError naming file and tensor.
+    The matrices that expand latents are copied apart, for batched products want them contiguous. Raises
+    MissingTensorError or TensorShapeError naming file and tensor.
     """
     model = _tensors(checkpoint, weight_names.model_slots(spec), spec)
     model.setdefault("head", model["embedding"])
@@ -35,8 +36,13 @@ def load_attention_side(spec: ModelSpec, checkpoint: Checkpoint) -> AttentionSid
 def _load_layer(spec: ModelSpec, checkpoint: Checkpoint, layer: int) -> AttentionLayerWeights:
     norms = _tensors(checkpoint, weight_names.norm_slots(spec, layer), spec)
     tensors = _tensors(checkpoint, weight_names.attention_slots(spec, layer), spec)
-    attention = GqaWeights(**tensors) if isinstance(spec.attention, GqaSpec) else MlaWeights(**tensors)
-    return AttentionLayerWeights(attention=attention, **norms)
+    if isinstance(spec.attention, GqaSpec):
+        return AttentionLayerWeights(attention=GqaWeights(**tensors), **norms)
+    expand = tensors.pop("expand").view(spec.attention.num_heads, -1, spec.attention.kv_lora_rank)
+    nope = spec.attention.qk_nope_head_dim
+    tensors["expand_key"] = expand[:, :nope].contiguous()
+    tensors["expand_value"] = expand[:, nope:].contiguous()
+    return AttentionLayerWeights(attention=MlaWeights(**tensors), **norms)
 
 
 def load_ffn(spec: ModelSpec, checkpoint: Checkpoint, layer: int) -> FfnWeights:

@@ -84,7 +84,10 @@ def norm_slots(spec: ModelSpec, layer: int) -> dict[str, TensorSlot]:
 
 
 def attention_slots(spec: ModelSpec, layer: int) -> dict[str, TensorSlot]:
-    """A layer's attention weights, by field of GqaWeights or MlaWeights, without those it does not have."""
+    """A layer's attention weights, by field of GqaWeights or MlaWeights, without those it does not have.
+
+    ``expand`` is an MLA's expand_key and expand_value together, per head one below the other.
+    """
     prefix = f"{_prefix(layer)}self_attn."
     if isinstance(spec.attention, GqaSpec):
         return _gqa_slots(spec.attention, spec.hidden_size, prefix)

@@ -46,14 +46,16 @@ class GqaWeights:
 class MlaWeights:
     """Multi-head latent attention of one layer.
 
-    ``latent`` [rank + R, H] makes the latent and the rotary key, ``expand`` [N * (nope + v), rank] holds per
-    head the matrices of keys and of values. With ``query_down`` queries have a latent of their own.
+    ``latent`` [rank + R, H] makes the latent and the rotary key; ``expand_key`` [N, nope, rank] and
+    ``expand_value`` [N, v, rank] are each head's matrices from a latent to its key and its value. With
+    ``query_down`` queries have a latent of their own.
     """
 
     query: Tensor
     latent: Tensor
     latent_norm: Tensor
-    expand: Tensor
+    expand_key: Tensor
+    expand_value: Tensor
     output: Tensor
     query_down: Tensor | None = None
     query_down_bias: Tensor | None = None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from crosspool.kernels.interface import AttentionBatch
-from crosspool.kernels.reference.paged_context import visible_context
+from crosspool.kernels.reference.paged_context import attend, visible_context
 
 
 def mla_attention(
@@ -28,14 +27,7 @@ def mla_attention(
     for row in range(batch.num_rows):
         queries = slice(batch.query_starts[row], batch.query_starts[row + 1])
         context = visible_context(batch, row, group, tokens_per_page, window)
-        latents = context.gather(latent_pages).unsqueeze(0).unsqueeze(0)
-        result = functional.scaled_dot_product_attention(
-            query[queries].transpose(0, 1).unsqueeze(0),
-            latents,
-            latents,
-            attn_mask=context.mask,
-            scale=scale,
-            enable_gqa=True,
-        )
-        attended[queries] = result[0, :, :, :latent_rank].transpose(0, 1)
+        latents = context.gather(latent_pages).unsqueeze(1)
+        result = attend(query[queries], latents, latents, context.mask, scale)
+        attended[queries] = result[..., :latent_rank]
     return attended

@@ -1,4 +1,4 @@
-"""KV in pages: appending this pass's, and gathering what one row can see."""
+"""KV in pages: appending this pass's, gathering what one row can see, and attending to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from crosspool.kernels.interface import AttentionBatch
 
@@ -50,3 +51,22 @@ def visible_context(
         if window is not None:
             mask &= key > query - window
     return VisibleContext(table[first_chunk:end_chunk], begin - base, context - base, mask)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one row: ``query`` [T, N, D] over ``key`` and ``value`` [C, K, D] -> [T, N, D].
+
+    Query head n reads key-value head n // (N / K). A single query's heads of one group take the place of
+    queries in one matrix product, instead of N products of one row each.
+    """
+    single = len(query) == 1
+    rows = query.view(key.shape[1], -1, query.shape[-1]) if single else query.transpose(0, 1)
+    attended = functional.scaled_dot_product_attention(
+        rows.unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=not single,
+    )[0]
+    return attended.reshape(query.shape) if single else attended.transpose(0, 1)
