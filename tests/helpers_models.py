@@ -84,7 +84,8 @@ class PagedModel:
         page_bytes = 19 * layers_per_page * self.spec.kv_bytes_per_token_layer + 8
         self.layout = make_layout(self.spec, page_bytes)
         checkpoint = Checkpoint(folder)
-        self.side = AttentionSide(self.spec, self.layout, load_attention_side(self.spec, checkpoint))
+        self.weights = load_attention_side(self.spec, checkpoint)
+        self.side = AttentionSide(self.spec, self.layout, self.weights)
         self.ffns = [load_ffn(self.spec, checkpoint, layer) for layer in range(self.spec.num_layers)]
         self.arena = torch.full((num_pages, page_bytes), STALE, dtype=torch.uint8)
         self._free = list(range(num_pages))
@@ -124,6 +125,10 @@ class PagedModel:
             logprobs.append(self.run({name: tokens[-1:]})[name])
             tokens.append(int(logprobs[-1].argmax()))
         return tokens[:-1], torch.cat(logprobs)
+
+    def pages(self, name: str, group: int) -> list[int]:
+        """The page table of a sequence."""
+        return self._tables[name][group]
 
     def _grow(self, name: str, count: int) -> None:
         """Pages for ``count`` more tokens; those that the first of them cannot see any more go back."""

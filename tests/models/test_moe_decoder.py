@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from crosspool.core.errors import ConfigError, InvariantError
 from crosspool.core.kv_layout import make_layout
+from crosspool.kernels.reference import rms_norm
 from crosspool.models.loader import Checkpoint, load_attention_side
-from crosspool.models.moe_decoder import AttentionSide
+from crosspool.models.moe_decoder import AttentionSide, ffn
 from crosspool.models.registry import read_spec
+from crosspool.models.weights import GqaWeights, MlaWeights
 from helpers_model_configs import CONFIGS
 from helpers_models import STALE, PagedModel, public_logprobs, random_model, save_model
 
@@ -64,6 +67,56 @@ def test_only_the_pages_of_the_rows_are_written(tmp_path: Path) -> None:
     assert int(written.sum()) == model.layout.pages(len(PROMPT))
     used = 19 * max(len(group.layers) for group in model.layout.groups) * model.layout.bytes_per_token_layer
     assert (model.arena[:, used:] == STALE).all()
+
+
+def slot(model: PagedModel, page: int, layer: int, elements: int, place: int) -> torch.Tensor:
+    """The ``elements`` numbers at ``place`` of a layer's part of a page, by core/kv_layout.py's words."""
+    numbers = model.arena[page].view(torch.float32)
+    layer_size = model.layout.tokens_per_page * model.layout.bytes_per_token_layer // 4
+    begin = model.layout.place_of_layer[layer] * layer_size + place * elements
+    return numbers[begin : begin + elements]
+
+
+def layer_input(model: PagedModel, layer: int, tokens: list[int]) -> torch.Tensor:
+    """Normed hidden states that go into a layer's attention."""
+    batch = model.side.batch([0], [len(tokens)], [[torch.arange(3)] * len(model.layout.groups)])
+    hidden, arena = model.side.embed(torch.tensor(tokens)), model.arena.clone()
+    for before in range(layer):
+        hidden, ffn_input = model.side.attention(before, hidden, batch, arena)
+        hidden = hidden + ffn(model.spec.layers[before].ffn, model.ffns[before], ffn_input)
+    return rms_norm(hidden, model.weights.layers[layer].input_norm, model.spec.norm_eps)
+
+
+def test_values_lie_in_a_page_as_the_layout_says(tmp_path: Path) -> None:
+    model = paged(tmp_path, "qwen2")
+    tokens, layer = PROMPT[:22], 1
+    assert model.layout.place_of_layer[layer] == 1
+    normed = layer_input(model, layer, tokens)
+    model.prefill("a", tokens)
+    weights = model.weights.layers[layer].attention
+    assert isinstance(weights, GqaWeights)
+    values = functional.linear(normed, weights.value, weights.value_bias)
+    pages = model.pages("a", model.layout.group_of_layer[layer])
+    for position in (0, 18, 19, 21):
+        page, token = pages[position // 19], position % 19
+        stored = slot(model, page, layer, 3 * 14, 19 + token)
+        torch.testing.assert_close(stored, values[position], atol=1e-5, rtol=1e-5)
+
+
+def test_latents_lie_in_a_page_as_the_layout_says(tmp_path: Path) -> None:
+    model = paged(tmp_path, "glm-query-latent")
+    tokens, layer = PROMPT[:22], 1
+    assert model.layout.place_of_layer[layer] == 1
+    normed = layer_input(model, layer, tokens)
+    model.prefill("a", tokens)
+    weights = model.weights.layers[layer].attention
+    assert isinstance(weights, MlaWeights)
+    latents = rms_norm(functional.linear(normed, weights.latent)[:, :20], weights.latent_norm, 1e-6)
+    pages = model.pages("a", model.layout.group_of_layer[layer])
+    for position in (0, 18, 19, 21):
+        page, token = pages[position // 19], position % 19
+        stored = slot(model, page, layer, 26, token)[:20]
+        torch.testing.assert_close(stored, latents[position], atol=1e-5, rtol=1e-5)
 
 
 def test_two_models_share_an_arena(tmp_path: Path) -> None:
