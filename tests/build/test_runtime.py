@@ -25,6 +25,7 @@ from crosspool.engine.engine import Engine
 from crosspool.models.checkpoint import Checkpoint
 from crosspool.models.loader import load_attention_side, load_ffn
 from crosspool.models.registry import read_spec
+from helpers_model_configs import CONFIGS
 from helpers_models import PagedModel, random_model, save_model
 
 pytestmark = pytest.mark.integration
@@ -174,6 +175,19 @@ def test_the_engine_says_what_it_holds(build, folders):
         assert model.residency is (Residency.PINNED if model.name == "dense" else Residency.RESIDENT)
     assert info.weights_used_bytes == info.weights_pool_bytes == sum(model.ffn_bytes for model in info.models)
     assert info.kv_pool_bytes == info.kv_pages * info.page_bytes <= POOL
+
+
+@pytest.mark.parametrize("name", ["glm-query-latent", "llama-tied-llama3"])
+def test_sizes_are_exact_in_another_dtype_too(build, tmp_path, name):
+    """A selection bias stays float32 in a bfloat16 model."""
+    folder = save_model(random_model(CONFIGS[name]()), tmp_path)
+    engine = build(
+        EngineConfig((ModelConfig("it", str(folder), "bfloat16"),), PoolConfig(kv_pool_bytes=POOL), threads=1)
+    )
+    (model,) = engine.info.models
+    spec, checkpoint = read_spec(folder, "bfloat16"), Checkpoint(folder)
+    assert model.attention_bytes == load_attention_side(spec, checkpoint).bytes
+    assert model.ffn_bytes == sum(load_ffn(spec, checkpoint, layer).bytes for layer in range(spec.num_layers))
 
 
 def test_progress_counts_the_bytes_of_every_model(build, folders):
