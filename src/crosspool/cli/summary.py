@@ -34,7 +34,7 @@ def print_summary(info: EngineInfo, server: ServerConfig, url: str) -> None:
 def _model_row(model: ModelInfo) -> tuple[str, ...]:
     if model.error is not None:
         return (model.name, "", "", "", "", "failed", "", "")
-    longest = min(model.max_context, model.max_pool_tokens)
+    longest = model.longest
     return (
         model.name,
         model.architecture.removesuffix("ForCausalLM"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from crosspool.core.errors import RequestTooLargeError
 from crosspool.core.ids import ModelIndex
 
 
@@ -41,6 +42,25 @@ class ModelInfo:
     ffn_bytes: int = 0
     residency: Residency = Residency.COLD
     error: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that one request may have, prompt and output together."""
+        return min(self.max_context, self.max_pool_tokens)
+
+    def check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raises RequestTooLargeError, with the numbers, for what no state of the pool could hold."""
+        total = prompt_tokens + max_tokens
+        for limit, what in (
+            (self.max_context, f"the context of {self.name}"),
+            (self.max_pool_tokens, "the KV pool's room for one request"),
+        ):
+            if total > limit:
+                raise RequestTooLargeError(
+                    f"{prompt_tokens} prompt tokens and {max_tokens} to generate are {total} tokens, more "
+                    f"than {what}, which is {limit}",
+                    parameter="max_tokens",
+                )
 
 
 @dataclass(frozen=True, slots=True)

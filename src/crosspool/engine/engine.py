@@ -11,7 +11,6 @@ from crosspool.core.errors import (
     InvalidRequestError,
     InvariantError,
     ModelUnavailableError,
-    RequestTooLargeError,
 )
 from crosspool.core.ids import ModelIndex, RequestId
 from crosspool.core.info import EngineInfo, EngineStats, ModelInfo, ModelStats
@@ -144,16 +143,7 @@ class Engine:
             raise InvalidRequestError(
                 f"max_tokens must be at least 1, not {request.max_tokens}", parameter="max_tokens"
             )
-        for limit, what in (
-            (model.max_context, f"the context of {model.name}"),
-            (model.max_pool_tokens, "what the whole KV pool holds for one request"),
-        ):
-            if prompt + request.max_tokens > limit:
-                raise RequestTooLargeError(
-                    f"{prompt} prompt tokens and {request.max_tokens} to generate are "
-                    f"{prompt + request.max_tokens}, beyond {what}: {limit} tokens",
-                    parameter="max_tokens",
-                )
+        model.check_length(prompt, request.max_tokens)
 
     def _note(self, event: TokenEvent, model: ModelIndex, news: dict[RequestId, _News]) -> None:
         item = news.setdefault(event.request, _News())

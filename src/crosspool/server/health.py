@@ -74,7 +74,7 @@ def _model(model: ModelInfo, ready: bool) -> dict[str, Any]:
         "attention_bytes": model.attention_bytes,
         "ffn_bytes": model.ffn_bytes,
         "kv_bytes_per_token": model.kv_bytes_per_token,
-        "max_model_len": min(model.max_context, model.max_pool_tokens),
+        "max_model_len": model.longest,
     }
 
 

@@ -19,7 +19,7 @@ def router(state: ServerState) -> APIRouter:
     created = int(time.time())
 
     def card(model: ModelInfo) -> ModelCard:
-        longest = min(model.max_context, model.max_pool_tokens)
+        longest = model.longest
         return ModelCard(
             id=model.name, object="model", created=created, owned_by=OWNER, max_model_len=longest
         )

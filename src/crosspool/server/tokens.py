@@ -38,7 +38,7 @@ def _tokenized(front: ModelFront, body: TokenizeRequest) -> Tokenized:
         texts = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
     return Tokenized(
         count=len(tokens),
-        max_model_len=min(front.model.max_context, front.model.max_pool_tokens),
+        max_model_len=front.model.longest,
         tokens=list(tokens),
         token_strs=texts,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from crosspool.core.errors import InvalidRequestError, ModelLoadError, RequestTooLargeError
+from crosspool.core.errors import InvalidRequestError, ModelLoadError
 from crosspool.core.ids import Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
 from crosspool.core.request import Request
@@ -187,19 +187,8 @@ class ModelFront:
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens may be generated: as asked, or all that context and KV pool leave."""
-        model = self.model
-        wanted = params.max_tokens or max(1, params.min_tokens)
-        for limit, what in (
-            (model.max_context, f"the context of {model.name}"),
-            (model.max_pool_tokens, "the KV pool's room for one request"),
-        ):
-            if prompt_tokens + wanted > limit:
-                raise RequestTooLargeError(
-                    f"{prompt_tokens} prompt tokens and {wanted} to generate are {prompt_tokens + wanted} "
-                    f"tokens, more than {what}, which is {limit}",
-                    parameter="max_tokens",
-                )
-        return params.max_tokens or min(model.max_context, model.max_pool_tokens) - prompt_tokens
+        self.model.check_length(prompt_tokens, params.max_tokens or max(1, params.min_tokens))
+        return params.max_tokens or self.model.longest - prompt_tokens
 
 
 def child_seed(seed: int, index: int) -> int:
