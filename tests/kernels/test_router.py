@@ -83,6 +83,13 @@ def test_experts_outside_the_best_groups_are_never_chosen_for_negative_scores() 
     assert weights == near({0: 0.5, 1: 0.5})
 
 
+def test_rules_that_nobody_wrote_are_refused() -> None:
+    with pytest.raises(KeyError, match="tanh"):
+        choose([0.0, 1.0], scoring="tanh")
+    with pytest.raises(KeyError, match="mean"):
+        choose([0.0, 1.0], groups=2, top_groups=2, group_score="mean")
+
+
 def test_scores_that_vanish_stay_numbers() -> None:
     weights = choose([-200.0, -200.0, -300.0], scoring="sigmoid", normalise=True)
     assert all(0 <= weight <= 1 for weight in weights.values())

@@ -156,6 +156,12 @@ def test_weights_of_another_kind_of_attention(tmp_path: Path) -> None:
         side.attention(0, side.embed(torch.tensor([1])), batch, grouped.arena)
 
 
+def test_experts_without_their_router(tmp_path: Path) -> None:
+    model = paged(tmp_path, "mixtral-3-experts")
+    with pytest.raises(InvariantError, match="lack their router"):
+        ffn(model.spec.layers[0].ffn, replace(model.ffns[0], router=None), torch.zeros(1, 36))
+
+
 def test_attention_side_bytes(tmp_path: Path) -> None:
     model = paged(tmp_path, "qwen2")
     assert model.side.bytes == model.spec.attention_side_bytes

@@ -111,6 +111,8 @@ def test_a_trained_length_outside_the_parameters_goes_first() -> None:
     [
         ({}, 4096),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, 2**31 - 1),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e308}}, 2**31 - 1),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 16384),
         ({"rope_scaling": {"type": "yarn", **YARN}, "max_position_embeddings": 163840}, 163840),
         ({"rope_scaling": {"type": "yarn", **YARN}, "max_position_embeddings": 4096}, 163840),
@@ -171,6 +173,15 @@ def test_an_odd_rotary_dimension_is_refused() -> None:
     [
         ({"rope_scaling": [1]}, "rope_parameters must be an object"),
         ({"rope_theta": 0}, "rope_theta must be a number above 0"),
+        ({"rope_theta": 1.0}, "rope_theta must be a number above 1, not 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1}},
+            "above low_freq_factor 1",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5}},
+            "original_max_position_embeddings must be 1 to",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "factor must be a number above 0, not None"),
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "factor must be a number"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be"),

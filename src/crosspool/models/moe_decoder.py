@@ -127,8 +127,10 @@ class AttentionSide:
 def ffn(spec: FfnSpec, weights: FfnWeights, hidden: Tensor) -> Tensor:
     """The FFN half of one layer: normed hidden states [T, H] -> [T, H], without the residual."""
     router = spec.router
-    if router is None or weights.router is None:
+    if router is None:
         return kernels.dense_ffn(hidden, weights.experts[0], spec.activation)
+    if weights.router is None:
+        raise InvariantError("the weights of an FFN with experts lack their router")
     chosen, chosen_weights = kernels.router(
         hidden,
         weights.router,

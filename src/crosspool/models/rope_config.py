@@ -9,7 +9,7 @@ from math import log
 from typing import Any
 
 from crosspool.core.spec import RopeKind, RopeSpec
-from crosspool.models.public_config import PublicConfig
+from crosspool.models.public_config import MAX_SIZE, PublicConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -27,6 +27,8 @@ def read_rope(config: PublicConfig, dim: int, *, interleaved: bool = False) -> R
         raise config.unsupported(f"partial_rotary_factor {partial!r} is not supported, only 1")
     kind = _kind(config, values)
     theta = config.number_in(values.get("rope_theta", config.get("rope_theta")), "rope_theta")
+    if theta <= 1:
+        raise config.wrong("rope_theta", theta, "a number above 1")
     rope = RopeSpec(dim=dim, theta=theta, kind=kind, interleaved=interleaved)
     if kind is RopeKind.DEFAULT:
         return rope
@@ -41,11 +43,11 @@ def read_rope(config: PublicConfig, dim: int, *, interleaved: bool = False) -> R
         mscale_all_dim=_optional(config, values, "mscale_all_dim"),
     )
     if kind is RopeKind.LLAMA3:
-        return replace(
-            rope,
-            low_freq_factor=config.number_in(values.get("low_freq_factor"), "low_freq_factor"),
-            high_freq_factor=config.number_in(values.get("high_freq_factor"), "high_freq_factor"),
-        )
+        low = config.number_in(values.get("low_freq_factor"), "low_freq_factor")
+        high = config.number_in(values.get("high_freq_factor"), "high_freq_factor")
+        if high <= low:
+            raise config.wrong("high_freq_factor", high, f"above low_freq_factor {low:g}")
+        return replace(rope, low_freq_factor=low, high_freq_factor=high)
     if kind is RopeKind.YARN:
         return replace(
             rope,
@@ -69,9 +71,9 @@ def read_max_context(config: PublicConfig, rope: RopeSpec) -> int:
     """
     positions = config.size("max_position_embeddings")
     if rope.kind is RopeKind.LINEAR:
-        return int(positions * rope.factor)
+        return int(min(positions * rope.factor, MAX_SIZE))
     if rope.kind is RopeKind.YARN:
-        return max(positions, int(rope.original_max_position * rope.factor))
+        return max(positions, int(min(rope.original_max_position * rope.factor, MAX_SIZE)))
     if rope.kind is RopeKind.DYNAMIC:
         return min(positions, rope.original_max_position)
     return positions
@@ -113,7 +115,10 @@ def _original_max_position(config: PublicConfig, values: Mapping[str, Any]) -> i
     for place in (config.values, values):
         if place.get("original_max_position_embeddings") is not None:
             value = place["original_max_position_embeddings"]
-            return int(config.number_in(value, "original_max_position_embeddings"))
+            length = int(config.number_in(value, "original_max_position_embeddings"))
+            if not 1 <= length <= MAX_SIZE:
+                raise config.wrong("original_max_position_embeddings", value, f"1 to {MAX_SIZE:,}")
+            return length
     return config.size("max_position_embeddings")
 
 

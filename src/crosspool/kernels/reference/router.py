@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+SCORES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"softmax": partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
+)
+EXPERTS_THAT_RANK = MappingProxyType({"max": 1, "top2_sum": 2})
+"""How many of a group's best experts are added up to rank the group."""
 
 
 def router(
@@ -22,7 +32,7 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """See interface.Router. The bias decides who is chosen and never enters the weights."""
     logits = functional.linear(hidden.float(), weight.float())
-    scores = logits.softmax(dim=-1) if scoring == "softmax" else logits.sigmoid()
+    scores = SCORES[scoring](logits)
     ranked = scores if selection_bias is None else scores + selection_bias
     if groups > 1:
         ranked = _keep_best_groups(ranked, groups, top_groups, group_score)
@@ -36,7 +46,7 @@ def router(
 def _keep_best_groups(ranked: Tensor, groups: int, top_groups: int, group_score: str) -> Tensor:
     """Experts outside each token's best groups (arXiv 2405.04434) fall to minus infinity."""
     grouped = ranked.view(len(ranked), groups, -1)
-    best = grouped.topk(1 if group_score == "max" else 2, dim=-1).values.sum(dim=-1)
+    best = grouped.topk(EXPERTS_THAT_RANK[group_score], dim=-1).values.sum(dim=-1)
     kept = torch.zeros_like(best, dtype=torch.bool)
     kept.scatter_(-1, best.topk(top_groups, dim=-1).indices, True)
     return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
