@@ -33,10 +33,9 @@ class HiddenStateChannel:
     def receive_output(self) -> Tensor:
         """Attention side: the FFN's output [T, H], parts added in float32 in their order."""
         outputs, self._outputs = self._outputs, {}
-        total = outputs[0]
         if len(outputs) == 1:
-            return total
-        dtype, total = total.dtype, total.float()
+            return outputs[0]
+        total = outputs[0].float()
         for part in range(1, len(outputs)):
             total = total + outputs[part].float()
-        return total.to(dtype)
+        return total.to(outputs[0].dtype)
