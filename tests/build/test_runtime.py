@@ -31,7 +31,7 @@ from helpers_models import PagedModel, random_model, save_model
 pytestmark = pytest.mark.integration
 
 POOL = 1 << 21
-PROMPTS = {0: [5, 17, 3], 1: list(range(1, 40)), 2: [9] * 70}
+PROMPTS = [[5, 17, 3], list(range(1, 40)), [9] * 70]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +93,7 @@ def expected(folders) -> dict[str, list[list[int]]]:
         first = int(model.prefill("it", prompt)[-1].argmax())
         return model.greedy("it", first, 12)[0]
 
-    return {name: [greedy(folder, prompt) for prompt in PROMPTS.values()] for name, folder in folders.items()}
+    return {name: [greedy(folder, prompt) for prompt in PROMPTS] for name, folder in folders.items()}
 
 
 def config_of(folders: dict[str, Path], pools: PoolConfig | None = None, **how) -> EngineConfig:
@@ -117,27 +117,44 @@ def build():
     assert set(threading.enumerate()) <= before
 
 
-def generate(engine: Engine, names: list[str]) -> dict[str, list[list[int]]]:
-    """Greedy outputs of every prompt on every one of these models, all at once."""
-    outputs: dict[int, list[int]] = {}
-    for name in names:
-        info = engine.info.model(name)
-        for number, prompt in PROMPTS.items():
-            request = RequestId(info.index * 10 + number)
-            outputs[request] = []
-            params = SamplingParams(temperature=0, max_tokens=12)
-            engine.add(
-                Request(request, info.index, tuple(prompt), params, 12, 0, frozenset(), Nanoseconds(0))
-            )
+def request(number: int, model: int, prompt: list[int], params: SamplingParams) -> Request:
+    return Request(
+        RequestId(number),
+        ModelIndex(model),
+        tuple(prompt),
+        params,
+        params.max_tokens,
+        seed=number,
+        stop_token_ids=frozenset(),
+        arrival=Nanoseconds(0),
+    )
+
+
+def serve(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    """The outputs of all requests, served at once."""
+    outputs: dict[int, list[int]] = {request.id: [] for request in requests}
+    for item in requests:
+        engine.add(item)
     while engine.has_work():
         for output in engine.step():
             assert output.finish_reason in (None, FinishReason.LENGTH)
             outputs[output.request] += output.token_ids
         engine.wait(0.05)
     engine.check()
-    return {
-        name: [outputs[engine.info.model(name).index * 10 + number] for number in PROMPTS] for name in names
-    }
+    return list(outputs.values())
+
+
+def generate(engine: Engine, names: list[str]) -> dict[str, list[list[int]]]:
+    """Greedy outputs of every prompt on every one of these models, all at once."""
+    params = SamplingParams(temperature=0, max_tokens=12)
+    models = [engine.info.model(name).index for name in names]
+    requests = [
+        request(model * 10 + number, model, prompt, params)
+        for model in models
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    outputs = iter(serve(engine, requests))
+    return {name: [next(outputs) for _ in PROMPTS] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +176,28 @@ def test_every_model_serves_on_every_placement(build, folders, expected, placeme
     assert generate(engine, list(folders)) == expected
     stats = engine.stats()
     assert stats.kv_pages_free == stats.kv_pages_total > 0
+
+
+@pytest.mark.parametrize(
+    "placement", [{}, {"weights_devices": ("cpu:1",)}], ids=["one device", "two devices"]
+)
+def test_preemption_changes_no_token_greedy_or_drawn(build, folders, placement):
+    """With room for a few sequences only, the others lose their pages and compute them again."""
+    greedy = SamplingParams(temperature=0, max_tokens=90)
+    drawn = SamplingParams(temperature=0.9, top_p=0.95, frequency_penalty=0.3, max_tokens=90)
+    requests = [
+        request(number, number % len(folders), PROMPTS[number % 2], drawn if number % 2 else greedy)
+        for number in range(12)
+    ]
+    outputs = []
+    for pages in (1000, 14):
+        pools = PoolConfig(kv_pool_bytes=pages * 8192, page_bytes=8192)
+        scheduler = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=64)
+        engine = build(config_of(folders, pools, scheduler=scheduler, **placement))
+        outputs.append(serve(engine, requests))
+        preempted = sum(model.preemptions for model in engine.stats().models)
+        assert (preempted > 0) == (pages == 14)
+    assert outputs[0] == outputs[1]
 
 
 def test_the_engine_says_what_it_holds(build, folders):
@@ -236,9 +275,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone(build, folders, expected, tmp
     assert engine.info.weights_used_bytes == engine.info.model("latent").ffn_bytes
     assert generate(engine, ["latent"])["latent"] == expected["latent"]
     with pytest.raises(ModelUnavailableError, match=reason):
-        engine.add(
-            Request(RequestId(1), bad.index, (1,), SamplingParams(), 1, 0, frozenset(), Nanoseconds(0))
-        )
+        engine.add(request(1, bad.index, [1], SamplingParams()))
 
 
 def test_no_model_at_all_names_every_reason(folders, tmp_path):
