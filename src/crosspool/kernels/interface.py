@@ -54,6 +54,15 @@ class ExpertWeights(NamedTuple):
     down: Tensor
 
 
+class Linear(Protocol):
+    """A product with weights. A row's result does not depend on the rows beside it, as far as the
+    implementation can see to it: exactly in 16 bits, within rounding in float32."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``hidden`` [T, I], ``weight`` [O, I], ``bias`` [O] -> [T, O]."""
+        ...
+
+
 class RmsNorm(Protocol):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467), computed in float32."""
 

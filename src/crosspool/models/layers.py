@@ -7,7 +7,6 @@ from math import ceil, floor, log, pi
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from crosspool.core.errors import InvariantError
 from crosspool.core.kv_layout import KvLayout
@@ -127,9 +126,9 @@ def gqa(
 ) -> Tensor:
     """Grouped-query attention of normed ``hidden`` [T, H] -> [T, H]. Writes this pass's keys and values."""
     heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    query = functional.linear(hidden, weights.query, weights.query_bias).view(-1, heads, width)
-    key = functional.linear(hidden, weights.key, weights.key_bias).view(-1, kv_heads, width)
-    value = functional.linear(hidden, weights.value, weights.value_bias).view(-1, kv_heads, width)
+    query = kernels.linear(hidden, weights.query, weights.query_bias).view(-1, heads, width)
+    key = kernels.linear(hidden, weights.key, weights.key_bias).view(-1, kv_heads, width)
+    value = kernels.linear(hidden, weights.value, weights.value_bias).view(-1, kv_heads, width)
     if weights.query_norm is not None and weights.key_norm is not None:
         query = kernels.rms_norm(query, weights.query_norm, norm_eps)
         key = kernels.rms_norm(key, weights.key_norm, norm_eps)
@@ -139,7 +138,7 @@ def gqa(
     kv.write(key_pages, kernels.rope(key, cos, sin, rope.interleaved))
     kv.write(value_pages, value)
     attended = kernels.gqa_attention(query, key_pages, value_pages, kv.batch, kv.group, kv.window, spec.scale)
-    return functional.linear(attended.flatten(1), weights.output, weights.output_bias)
+    return kernels.linear(attended.flatten(1), weights.output, weights.output_bias)
 
 
 def mla(spec: MlaSpec, weights: MlaWeights, hidden: Tensor, rope: RopeTable, kv: PagedLayer) -> Tensor:
@@ -150,7 +149,7 @@ def mla(spec: MlaSpec, weights: MlaWeights, hidden: Tensor, rope: RopeTable, kv:
     """
     nope, rank = spec.qk_nope_head_dim, spec.kv_lora_rank
     cos, sin = rope.at(kv.batch)
-    latent = functional.linear(hidden, weights.latent, weights.latent_bias)
+    latent = kernels.linear(hidden, weights.latent, weights.latent_bias)
     latent, rotary_key = latent[:, :rank], latent[:, rank:]
     latent = kernels.rms_norm(latent, weights.latent_norm, spec.latent_norm_eps)
     rotary_key = kernels.rope(rotary_key.unsqueeze(1), cos, sin, rope.interleaved).squeeze(1)
@@ -158,9 +157,9 @@ def mla(spec: MlaSpec, weights: MlaWeights, hidden: Tensor, rope: RopeTable, kv:
     kv.write(pages, torch.cat((latent, rotary_key), dim=-1))
 
     if weights.query_down is not None and weights.query_norm is not None:
-        hidden = functional.linear(hidden, weights.query_down, weights.query_down_bias)
+        hidden = kernels.linear(hidden, weights.query_down, weights.query_down_bias)
         hidden = kernels.rms_norm(hidden, weights.query_norm, spec.latent_norm_eps)
-    query = functional.linear(hidden, weights.query).view(len(hidden), spec.num_heads, -1)
+    query = kernels.linear(hidden, weights.query).view(len(hidden), spec.num_heads, -1)
     query_latent = torch.bmm(query[..., :nope].transpose(0, 1), weights.expand_key).transpose(0, 1)
     query_rotary = kernels.rope(query[..., nope:], cos, sin, rope.interleaved)
     attended = kernels.mla_attention(
@@ -173,4 +172,4 @@ def mla(spec: MlaSpec, weights: MlaWeights, hidden: Tensor, rope: RopeTable, kv:
         spec.scale,
     )
     values = torch.bmm(attended.transpose(0, 1), weights.expand_value.transpose(1, 2)).transpose(0, 1)
-    return functional.linear(values.flatten(1), weights.output, weights.output_bias)
+    return kernels.linear(values.flatten(1), weights.output, weights.output_bias)

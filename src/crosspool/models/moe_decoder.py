@@ -110,7 +110,7 @@ class AttentionSide:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: [R, H] -> float32 [R, V]."""
         normed = kernels.rms_norm(hidden, self._weights.final_norm, self.spec.norm_eps)
-        return functional.linear(normed, self._weights.head).float()
+        return kernels.linear(normed, self._weights.head).float()
 
     def _check_pages(self, row: int, first: int, count: int, tables: Sequence[Tensor]) -> None:
         """A page id of -1 would silently be the arena's last page, and so another sequence's KV."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crosspool.kernels.interface import ExpertWeights
+from crosspool.kernels.reference.linear import linear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -24,8 +25,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 def dense_ffn(hidden: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
     """See interface.DenseFfn."""
-    gate = ACTIVATIONS[activation](functional.linear(hidden, weights.gate))
-    return functional.linear(gate * functional.linear(hidden, weights.up), weights.down)
+    gate = ACTIVATIONS[activation](linear(hidden, weights.gate))
+    return linear(gate * linear(hidden, weights.up), weights.down)
 
 
 def moe_ffn(
