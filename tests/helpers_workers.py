@@ -27,6 +27,24 @@ from crosspool.workers.clock import MonotonicClock
 from crosspool.workers.executor import ThreadedExecutor
 from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
 
+PROMPTS = [[5, 17, 3], list(range(1, 40)), [9], [60, 61, 62, 63, 64, 65, 66, 67]]
+GQA, MLA = 0, 1
+PLACEMENTS = {
+    "one device": {},
+    "two devices": {"weights_devices": ["cpu:1"]},
+    "one KV, four weights, by layer": {"weights_devices": ["cpu:1", "cpu:2", "cpu:3", "cpu:4"]},
+    "one KV, four weights, by tensor": {
+        "weights_devices": ["cpu:1", "cpu:2", "cpu:3", "cpu:4"],
+        "sharding": Sharding.TENSOR,
+    },
+    "two KV, two weights": {"kv_devices": ["cpu:0", "cpu:1"], "weights_devices": ["cpu:2", "cpu:3"]},
+    "shared devices, by tensor": {
+        "kv_devices": ["cpu:0", "cpu:1"],
+        "weights_devices": ["cpu:1", "cpu:0"],
+        "sharding": Sharding.TENSOR,
+    },
+}
+
 PAGE_BYTES = 8192
 NUM_PAGES = 200
 PATIENCE = 60.0
@@ -227,3 +245,46 @@ def rig(*models: TinyModel, **how: object) -> Iterator[Rig]:
     finally:
         made.executor.close()
     assert set(threading.enumerate()) <= before, "the executor left threads behind"
+
+
+class Gate:
+    """Stands before an FFN worker: holds its tasks until opened, and lets chosen ones fail.
+
+    ``seen`` is (model, layer, tokens) of every task.
+    """
+
+    def __init__(self, worker) -> None:
+        self.worker = worker
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        self.fails = lambda model, layer: False
+        self.seen = []
+
+    def ffn(self, model, layer, hidden):
+        self.seen.append((model, layer, len(hidden)))
+        self.reached.set()
+        assert self.opened.wait(60)
+        if self.fails(model, layer):
+            raise RuntimeError("secret detail")
+        return self.worker.ffn(model, layer, hidden)
+
+
+def gated(it, device: int = 0) -> Gate:
+    gate = Gate(it.executor._ffn[device])
+    it.executor._ffn[device] = gate
+    return gate
+
+
+class HeadGate:
+    """Stands before an attention worker: holds each head's tokens until opened."""
+
+    def __init__(self, worker) -> None:
+        self.attention, self.worker = worker.attention, worker
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+
+    def head(self, state):
+        chosen = self.worker.head(state)
+        self.reached.set()
+        assert self.opened.wait(60)
+        return chosen
