@@ -39,6 +39,18 @@ def test_devices_divide_the_cores(eight_cores):
     assert cores_of(1, 0, threads=1) == [(3,), (2,)]
 
 
+def test_a_computation_leaves_a_core_to_others_unless_told_otherwise(eight_cores):
+    def threads_of(*numbers: int, threads: int | None = None) -> list[int]:
+        backends = make_cpu_backends({f"cpu:{n}": n for n in numbers}, threads)
+        return [backend.threads for backend in backends]
+
+    assert threads_of(0) == [7]
+    assert threads_of(0, 1) == [3, 3]
+    assert threads_of(*range(8)) == [1] * 8
+    assert threads_of(0, threads=8) == [8]
+    assert threads_of(0, 1, threads=2) == [2, 2]
+
+
 def test_more_devices_than_cores_share_them(eight_cores):
     assert cores_of(*range(10)) == [(eight_cores[n % 8],) for n in range(10)]
 

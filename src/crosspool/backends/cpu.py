@@ -16,10 +16,12 @@ from crosspool.core.errors import ConfigError, OutOfMemoryError
 
 @dataclass(frozen=True, slots=True)
 class CpuBackend:
-    """``cores`` are the operating system's numbers of the cores on which this device's threads run."""
+    """``cores`` are the operating system's numbers of the cores on which this device's threads run, and
+    ``threads`` how many of them a computation uses at once."""
 
     name: str
     cores: tuple[int, ...]
+    threads: int
 
     @property
     def total_bytes(self) -> int:
@@ -42,19 +44,25 @@ class CpuBackend:
 
     def bind_thread(self) -> None:
         os.sched_setaffinity(0, self.cores)
-        torch.set_num_threads(len(self.cores))
+        torch.set_num_threads(self.threads)
 
 
 def make_cpu_backends(devices: Mapping[str, int], threads: int | None) -> tuple[CpuBackend, ...]:
     """``devices`` maps names to logical numbers. Device n has the n-th share of the cores, modulo the shares.
 
-    With more devices than cores, each has one core and shares it.
+    With more devices than cores, each has one core and shares it. Unless ``threads`` says otherwise, a
+    computation leaves one core of a larger share to the engine's thread and the API process: they deliver
+    the tokens, and a computation that waits for a part on a busy core is slower than one without that part.
     """
     cores = sorted(os.sched_getaffinity(0))
     if threads is not None and threads > len(cores):
         raise ConfigError(f"threads is {threads}, but this process may run on {len(cores)} cores only")
     share = threads or max(1, len(cores) // len(devices))
     return tuple(
-        CpuBackend(name, tuple(sorted({cores[(number * share + i) % len(cores)] for i in range(share)})))
+        CpuBackend(
+            name,
+            tuple(sorted({cores[(number * share + i) % len(cores)] for i in range(share)})),
+            threads or max(1, share - 1),
+        )
         for name, number in devices.items()
     )

@@ -68,7 +68,10 @@ FfnSharding = Annotated[
     Sharding | None,
     typer.Option(help="How FFNs are spread over several weights devices.", show_default="layer"),
 ]
-Threads = Annotated[int | None, typer.Option(help="Cores of each device; by default the cores are divided.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Cores that each device computes with; by default its share of the cores, less one."),
+]
 TtftTarget = Annotated[float | None, typer.Option(metavar="MS", help="Aim for the time to the first token.")]
 TbtTarget = Annotated[float | None, typer.Option(metavar="MS", help="Aim for the time between tokens.")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")]

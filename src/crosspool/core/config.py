@@ -95,7 +95,8 @@ class SchedulerConfig:
 class EngineConfig:
     """Everything one engine process (a cell) is made from.
 
-    ``threads`` is the number of cores each device may use; None divides the machine's cores among the teams.
+    ``threads`` is the number of cores each device computes with; None divides the machine's cores among the
+    teams, and leaves one of each team's to whoever delivers the tokens.
     """
 
     models: tuple[ModelConfig, ...]
