@@ -9,7 +9,7 @@ import pytest
 
 from crosspool.core.errors import EngineDeadError, RequestTooLargeError
 from crosspool.core.ids import Nanoseconds, RequestId
-from crosspool.core.request import FinishReason
+from crosspool.core.request import EngineOutput, FinishReason
 from crosspool.engine.async_engine import AsyncEngine
 from helpers_control_plane import World, make_request, make_world
 from helpers_specs import gqa_spec
@@ -91,9 +91,24 @@ async def test_a_failed_step_ends_every_stream(caplog: pytest.LogCaptureFixture)
         raise RuntimeError("a bug")
 
     world.engine._scheduler.schedule = fail  # type: ignore[assignment,method-assign]
+    entered, go_on = threading.Event(), threading.Event()
+    step = world.engine.step
+
+    def step_when_told() -> list[EngineOutput]:
+        entered.set()
+        go_on.wait()
+        return step()
+
+    world.engine.step = step_when_told  # type: ignore[method-assign]
     engine = AsyncEngine(world.engine)
+    await asyncio.to_thread(entered.wait)
+    pending = asyncio.ensure_future(engine.stats())
+    await asyncio.sleep(0)
+    go_on.set()
     with pytest.raises(EngineDeadError, match="the engine failed"):
         await anext(engine.generate(make_request(0, (1, 2), 5)))
+    with pytest.raises(EngineDeadError, match="the engine failed"):
+        await asyncio.wait_for(pending, 5)
     with pytest.raises(EngineDeadError):
         await engine.stats()
     await engine.close()

@@ -33,6 +33,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[RequestId, Stream] = {}
+        self._answers: set[asyncio.Future[EngineStats]] = set()
         self._stop = False
         self._death: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -74,6 +75,8 @@ class AsyncEngine:
         """See EngineClient.stats."""
         self._raise_if_dead()
         answer: asyncio.Future[EngineStats] = self._loop.create_future()
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
 
         def take() -> None:
             self._loop.call_soon_threadsafe(_answer, answer, self._engine.stats())
@@ -144,6 +147,9 @@ class AsyncEngine:
         self._death = reason
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(reason))
+        for answer in list(self._answers):
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))
 
 
 def _answer(future: asyncio.Future[EngineStats], stats: EngineStats) -> None:

@@ -23,7 +23,7 @@ from crosspool.scheduler.sequence import Sequence
 
 @dataclass(slots=True)
 class _Counters:
-    """What one model did since the start."""
+    """What one model did since the start. A prompt counts when it has been read: at its first token."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -68,7 +68,6 @@ class Engine:
             raise InvariantError(f"request id {request.id} is in use")
         self._check_size(request, model)
         self._scheduler.add(replace(request, arrival=self._clock.now()))
-        self._counters[request.model].prompt_tokens += len(request.prompt_token_ids)
 
     def finish(self, request: RequestId, at_token: int) -> None:
         """End a request with STOP after its first ``at_token`` output tokens (a stop string was seen)."""
@@ -90,8 +89,8 @@ class Engine:
         for event in self._executor.poll():
             if isinstance(event, RetiredEvent):
                 self._retire(event)
-            elif (request := self._scheduler.take_token(event, now)) is not None:
-                self._note(event, request.model, news)
+            elif (sequence := self._scheduler.take_token(event, now)) is not None:
+                self._note(event, sequence, news)
         for grant in self._scheduler.schedule(now):
             self._executor.submit(grant)
         outputs = [item.output(request) for request, item in news.items()] + self._ended
@@ -145,12 +144,14 @@ class Engine:
             )
         model.check_length(prompt, request.max_tokens)
 
-    def _note(self, event: TokenEvent, model: ModelIndex, news: dict[RequestId, _News]) -> None:
+    def _note(self, event: TokenEvent, sequence: Sequence, news: dict[RequestId, _News]) -> None:
         item = news.setdefault(event.request, _News())
         item.tokens.append(event.token)
         if event.logprobs is not None:
             item.logprobs.append(event.logprobs)
-        counters = self._counters[model]
+        counters = self._counters[sequence.request.model]
+        if len(sequence.output) == 1:
+            counters.prompt_tokens += len(sequence.request.prompt_token_ids)
         counters.generation_tokens += 1
         if event.finish is not None:
             item.finish = event.finish

@@ -251,8 +251,8 @@ class Scheduler:
 
     # -- results --------------------------------------------------------------------------------------
 
-    def take_token(self, event: TokenEvent, now: Nanoseconds) -> Request | None:
-        """A row has a new token. Returns its request, or None if it had ended before."""
+    def take_token(self, event: TokenEvent, now: Nanoseconds) -> Sequence | None:
+        """A row has a new token. Returns its sequence, or None if it had ended before."""
         sequence = self._sequences.get(event.request)
         if sequence is None or sequence.grant != event.grant:
             raise InvariantError(f"a token of grant {event.grant} came for request {event.request}")
@@ -263,7 +263,7 @@ class Scheduler:
         if event.finish is not None:
             sequence.finish = event.finish
             sequence.move(State.DRAINING)
-        return sequence.request
+        return sequence
 
     def retire(self, event: RetiredEvent) -> list[Request]:
         """A micro-batch is over; its rows are idle again, or give their pages back if they have ended.
