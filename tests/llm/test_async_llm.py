@@ -15,6 +15,7 @@ from crosspool.core.errors import (
     RequestTooLargeError,
 )
 from crosspool.core.request import FinishReason
+from crosspool.text.front import ModelFront
 from helpers_engine import ScriptedClient, ScriptedEngine, engine_info, model_info
 from helpers_tokenizers import byte_level, save
 
@@ -182,3 +183,16 @@ async def test_stats_and_closing(make):
     await llm.close()
     assert llm._client.closed
     assert process.returncode is not None
+
+
+async def test_an_engine_is_closed_if_the_fronts_cannot_be_opened(monkeypatch):
+    def fail(model):
+        raise MemoryError
+
+    engine = ScriptedEngine(engine_info(model_info()))
+    monkeypatch.setattr(ModelFront, "open", fail)
+    monkeypatch.setattr("crosspool.llm.async_llm.start_engine", lambda config: engine)
+    monkeypatch.setattr("crosspool.llm.async_llm.AsyncEngine", ScriptedClient)
+    with pytest.raises(MemoryError):
+        await AsyncLLM.build({"a": "folder"})
+    assert engine.closed

@@ -13,6 +13,7 @@ from crosspool.core.errors import (
     RequestTooLargeError,
 )
 from crosspool.core.request import EngineOutput, FinishReason
+from crosspool.text.front import ModelFront
 from helpers_engine import ScriptedEngine, engine_info, model_info
 from helpers_tokenizers import byte_level, save
 
@@ -222,3 +223,14 @@ def test_closing(folder):
     with pytest.raises(EngineDeadError, match="this LLM is closed"):
         llm.generate([5])
     assert engine.added[1:] == []
+
+
+def test_an_engine_is_closed_if_the_fronts_cannot_be_opened(monkeypatch):
+    def fail(model):
+        raise MemoryError
+
+    monkeypatch.setattr(ModelFront, "open", fail)
+    engine = ScriptedEngine(engine_info(model_info()))
+    with pytest.raises(MemoryError):
+        LLM.from_engine(engine)
+    assert engine.closed

@@ -111,6 +111,27 @@ def test_config_can_take_away_the_bos_of_tokenizer_json(tmp_path):
     assert load_tokenizer(folder).encode("the", add_special_tokens=True)[0] != 1
 
 
+@pytest.mark.parametrize("bos", ["<b:1>", "$A", "$1", "$", ":"])
+def test_a_bos_that_looks_like_a_templates_syntax(tmp_path, bos):
+    library = byte_level()
+    library.add_special_tokens([bos])
+    ours = load_tokenizer(save(library, tmp_path, bos_token=bos, add_bos_token=True))
+    plain = library.encode("dog", add_special_tokens=False).ids
+    assert ours.encode("dog", add_special_tokens=True) == [library.token_to_id(bos), *plain]
+
+
+def test_any_failure_of_the_library_names_the_folder(tmp_path, monkeypatch):
+    save(byte_level(), tmp_path, add_bos_token=True)
+
+    def refuse(**_):
+        raise ValueError("no such template")
+
+    monkeypatch.setattr("crosspool.text.tokenizer.TemplateProcessing", refuse)
+    with pytest.raises(ModelLoadError, match="no such template") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_no_truncation_and_no_padding(tmp_path):
     library = byte_level()
     library.enable_truncation(2)

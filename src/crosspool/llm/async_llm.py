@@ -46,8 +46,12 @@ class AsyncLLM:
     @classmethod
     async def build(cls, models: Models, **options: Any) -> Self:
         """With an engine of its own in this process; takes LLM's keyword arguments but for the seed."""
-        engine = await asyncio.to_thread(start_engine, engine_config(models, **options))
-        return await cls.open(AsyncEngine(engine))
+        client = AsyncEngine(await asyncio.to_thread(start_engine, engine_config(models, **options)))
+        try:
+            return await cls.open(client)
+        except BaseException:
+            await client.close()
+            raise
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:

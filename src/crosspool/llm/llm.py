@@ -78,8 +78,12 @@ class LLM:
         return llm
 
     def _use(self, engine: Engine, seed: int) -> None:
+        try:
+            self._fronts = Fronts.open(engine.info)
+        except BaseException:
+            engine.close()
+            raise
         self._engine = engine
-        self._fronts = Fronts.open(engine.info)
         self._generator = random.Random(seed)
         self._ids = count()
         self._closed = False

@@ -110,13 +110,17 @@ def load_tokenizer(folder: str | Path) -> FastTokenizer:
     config = read_json(folder / "tokenizer_config.json")
     special_tokens = _special_tokens(read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        section = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
-        decoder = piece_decoder(section)
+        return _usable(tokenizers.Tokenizer.from_file(str(path)), config, special_tokens)
     except ModelLoadError as error:
         raise ModelLoadError(f"the tokenizer of {folder} cannot be used: {error}") from None
     except Exception as error:  # the library raises bare Exception for a file that it cannot read
         raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _usable(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> FastTokenizer:
+    decoder = piece_decoder(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
     backend.no_truncation()
     backend.no_padding()
     _mark_special(backend, special_tokens)
@@ -161,11 +165,13 @@ def _add_configured_tokens(
     """Where the config says whether BOS and EOS are put around a text, it overrides tokenizer.json."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
-    parts: list[str] = ["$A"]
-    used: list[tuple[str, int]] = []
-    for key, role, place in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", 2)):
-        token_id = backend.token_to_id(special_tokens.get(role, ""))
-        if config.get(key) and token_id is not None:
-            parts.insert(place, special_tokens[role])
-            used.append((special_tokens[role], token_id))
-    backend.post_processor = TemplateProcessing(single=parts, pair=[*parts, "$B"], special_tokens=used)
+    added = []
+    for name in ("bos", "eos"):
+        token = special_tokens.get(f"{name}_token", "")
+        token_id = backend.token_to_id(token)
+        if config.get(f"add_{name}_token") and token_id is not None:
+            added.append({"id": name, "ids": [token_id], "tokens": [token]})
+    # Tokens go by names of ours: their text could mean something else in a template (":" and "$" do).
+    names = [token["id"] for token in added]
+    single = [part for part in ("bos", "$A", "eos") if part == "$A" or part in names]
+    backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=added)
