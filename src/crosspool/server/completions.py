@@ -10,7 +10,6 @@ from uuid import uuid4
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from crosspool.core.errors import InvalidRequestError
 from crosspool.llm import Submission, TextDelta
 from crosspool.server import generation, sse
 from crosspool.server.logprobs import characters_begun, completion_logprobs
@@ -39,11 +38,7 @@ def router(state: ServerState) -> APIRouter:
 
 async def _prepare(state: ServerState, body: CompletionRequest) -> list[Submission]:
     """One submission per prompt, all checked before the first is run."""
-    prompts, params, most = body.prompts(), body.sampling(), state.config.limits.max_prompts
-    if len(prompts) > most:
-        raise InvalidRequestError(
-            f"prompt has {len(prompts)} prompts, at most {most} are taken", parameter="prompt"
-        )
+    prompts, params = body.prompts(state.config.limits.max_prompts), body.sampling()
     llm = state.llm
     return [await llm.prepare(prompt, params, model=body.model) for prompt in prompts]
 

@@ -23,7 +23,7 @@ class LimitsConfig:
 
     max_requests: int = 1024
     max_admitted_bytes: int = 256 * MIB
-    max_body_bytes: int = 8 * MIB
+    max_body_bytes: int = 4 * MIB
     max_header_bytes: int = 64 * 1024
     max_prompts: int = 128
     header_timeout: float = 30.0

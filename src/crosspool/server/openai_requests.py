@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from crosspool.core.errors import InvalidRequestError
 from crosspool.core.sampling import MAX_LOGPROBS, SamplingParams
@@ -22,21 +22,9 @@ SAMPLING_FIELDS = (
 )
 
 
-def _check_prompt(value: object) -> object:
-    """A prompt is text, token ids, or a list of either; said in one sentence instead of one per kind."""
-    if isinstance(value, str) or (isinstance(value, list) and _is_prompt_list(value)):
-        return value
-    raise ValueError("must be text, a list of texts, a list of token ids, or a list of lists of token ids")
-
-
-def _is_prompt_list(value: list[Any]) -> bool:
-    kinds = {type(item) for item in value}
-    if kinds == {list}:
-        return all({type(token) for token in item} <= {int} for item in value)
-    return kinds in ({str}, {int}) or not value
-
-
-Prompt = Annotated[str | list[Any], BeforeValidator(_check_prompt)]
+# A list ends at its first wrong item: an error for each of a million would keep the event loop for seconds.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class ApiModel(BaseModel):
@@ -65,8 +53,8 @@ class GenerationRequest(ApiModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: TokenIds | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -173,20 +161,34 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Prompt
+    prompt: Any
     logprobs: int | None = None
     echo: Any = None
     suffix: Any = None
 
     REFUSED = (*GenerationRequest.REFUSED, "echo", "suffix")
 
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or many. Raises InvalidRequestError if there is none."""
-        if not self.prompt:
+    def prompts(self, most: int) -> list[str | list[int]]:
+        """The prompts, one or many: text, token ids, or a list of either. Raises InvalidRequestError.
+
+        More than ``most`` lists are refused before any is looked into.
+        """
+        prompt = self.prompt
+        if prompt in ("", []):
             raise InvalidRequestError("the prompt is empty", parameter="prompt")
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        if isinstance(prompt, str) or _all_are(prompt, int):
+            return [prompt]
+        if isinstance(prompt, list) and isinstance(prompt[0], str | list):
+            if len(prompt) > most:
+                raise InvalidRequestError(
+                    f"prompt has {len(prompt)} prompts, at most {most} are taken", parameter="prompt"
+                )
+            if _all_are(prompt, str) or all(_all_are(item, int) or item == [] for item in prompt):
+                return prompt
+        raise InvalidRequestError(
+            "the prompt must be text, a list of texts, a list of token ids, or a list of lists of token ids",
+            parameter="prompt",
+        )
 
     def _max_tokens(self) -> int | None:
         return SamplingParams().max_tokens if self.max_tokens is None else self.max_tokens
@@ -211,4 +213,9 @@ class DetokenizeRequest(ApiModel):
     """POST /detokenize."""
 
     model: str
-    tokens: list[int]
+    tokens: TokenIds
+
+
+def _all_are(value: object, kind: type) -> bool:
+    """Whether ``value`` is a list of ``kind`` alone, with an item at least."""
+    return isinstance(value, list) and set(map(type, value)) == {kind}
