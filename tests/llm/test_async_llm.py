@@ -175,6 +175,21 @@ async def test_tokenizing_leaves_the_event_loop_free(make, monkeypatch):
     assert threads[0] is not threading.main_thread()
 
 
+async def test_a_model_that_is_slow_to_tokenize_holds_up_no_other(make, folder, monkeypatch):
+    llm = await make(model_info("slow", 0, folder), model_info("quick", 1, folder))
+    go_on = threading.Event()
+    monkeypatch.setattr(llm.front("slow"), "prompt_tokens", lambda prompt: go_on.wait() and (5,))
+    slow = [asyncio.create_task(llm.prepare("dog", model="slow")) for _ in range(50)]
+    try:
+        async with asyncio.timeout(20):
+            submission = await llm.prepare("dog", model="quick")
+        assert submission.model.name == "quick"
+        assert not any(task.done() for task in slow)
+    finally:
+        go_on.set()
+    assert {submission.model.name for submission in await asyncio.gather(*slow)} == {"slow"}
+
+
 async def test_stats_and_closing(make):
     llm = await make()
     assert (await llm.stats()).kv_pages_total == 16

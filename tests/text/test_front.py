@@ -79,6 +79,59 @@ def test_half_a_surrogate_pair_is_no_text(front):
         front.chat_tokens([{"role": "user", "content": "a\udfff"}])
 
 
+class CountingTokenizer:
+    """A token is at most 3 bytes; says which texts it was asked to encode."""
+
+    longest_token_bytes = 3
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, text, *, add_special_tokens):
+        self.texts.append(text)
+        return [5]
+
+
+class CountingTemplate:
+    def __init__(self):
+        self.renderings = 0
+
+    def render(self, messages, **_):
+        self.renderings += 1
+        return "short"
+
+
+@pytest.fixture
+def counting():
+    return ModelFront(
+        model_info(max_context=100, max_pool_tokens=20), CountingTokenizer(), CountingTemplate()
+    )
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(counting):
+    assert counting.prompt_tokens("é" * 30) == (5,)
+    with pytest.raises(RequestTooLargeError, match=r"text of 62 bytes .* 20 tokens, which are 60 bytes"):
+        counting.prompt_tokens("é" * 31)
+    assert counting.tokenizer.texts == ["é" * 30]
+
+
+def test_messages_that_cannot_fit_are_refused_before_they_are_rendered(counting):
+    parts = [{"type": "text", "text": "x" * 29}]
+    fits = [{"role": "user", "content": "x" * 31}, {"role": "user", "content": parts}]
+    assert counting.chat_tokens(fits) == (5,)
+    with pytest.raises(RequestTooLargeError, match="text of 61 bytes") as caught:
+        counting.chat_tokens([*fits, {"role": "user", "content": "x"}])
+    assert caught.value.parameter == "messages"
+    assert counting._template.renderings == 1
+
+
+def test_what_a_template_makes_of_messages_is_checked_again(counting):
+    counting._template.render = lambda messages, **_: "x" * 61
+    with pytest.raises(RequestTooLargeError, match="text of 61 bytes"):
+        counting.chat_tokens([{"role": "user", "content": "x"}])
+    assert counting.tokenizer.texts == []
+
+
 def test_a_tokenizer_larger_than_the_model(tmp_path):
     small = ModelFront.open(model_info(path=str(save(byte_level(), tmp_path)), vocab_size=5))
     with pytest.raises(InvalidRequestError, match="which has 5 tokens"):

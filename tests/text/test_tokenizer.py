@@ -35,6 +35,18 @@ def test_encodes_as_the_library_and_decodes_what_it_encoded(pair, text):
     assert ours.encode(text, add_special_tokens=False) == library.encode(text, add_special_tokens=False).ids
 
 
+@given(text=st.text(max_size=40))
+def test_no_token_stands_for_more_bytes_than_the_longest(pair, text):
+    _, ours = pair
+    ids = ours.encode(text, add_special_tokens=False)
+    assert len(text.encode()) <= len(ids) * ours.longest_token_bytes
+
+
+def test_the_longest_token_is_one_of_the_vocabulary(pair):
+    _, ours = pair
+    assert ours.longest_token_bytes == max(len(ours.token_bytes(i)) for i in range(ours.vocab_size))
+
+
 @given(data=st.data())
 def test_decodes_any_ids_as_the_library(pair, data):
     library, ours = pair

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from crosspool.build.start import start_engine
 from crosspool.core.ids import RequestId
@@ -22,6 +23,8 @@ from crosspool.text.chat_template import Message
 from crosspool.text.front import ModelFront, Prompt, Submission
 from crosspool.text.output import OutputAssembler, TextDelta
 
+T = TypeVar("T")
+
 
 class AsyncLLM:
     """Prompts in, streams of TextDelta out. Used from one event loop.
@@ -32,8 +35,10 @@ class AsyncLLM:
     def __init__(
         self, client: EngineClient, fronts: Iterable[ModelFront], *, generator: random.Random | None = None
     ) -> None:
+        fronts = list(fronts)
         self._client = client
         self._fronts = Fronts(client.info, fronts)
+        self._threads = {front.model.name: ThreadPoolExecutor(max_workers=1) for front in fronts}
         self._generator = generator or random.Random()
         self._ids = count()
 
@@ -61,14 +66,23 @@ class AsyncLLM:
         """Tokenizer and template of a model. Raises ModelNotFoundError or ModelUnavailableError."""
         return self._fronts.get(model)
 
+    async def with_front(self, model: str | None, work: Callable[[ModelFront], T]) -> T:
+        """What ``work`` makes of a model's front, off the event loop.
+
+        Each model has one thread for this: a long text or a slow template delays only its own model. Raises
+        ModelNotFoundError, ModelUnavailableError, and what ``work`` raises.
+        """
+        front = self._fronts.get(model)
+        threads = self._threads[front.model.name]
+        return await asyncio.get_running_loop().run_in_executor(threads, work, front)
+
     async def prepare(
         self, prompt: Prompt, params: SamplingParams | None = None, *, model: str | None = None
     ) -> Submission:
         """Check and tokenize a prompt, off the event loop. What is wrong with it is raised here:
         RequestError or ModelUnavailableError."""
-        front = self._fronts.get(model)
-        token_ids = await asyncio.to_thread(front.prompt_tokens, prompt)
-        return self._submission(front, token_ids, params)
+        token_ids = await self.with_front(model, lambda front: front.prompt_tokens(prompt))
+        return self._submission(model, token_ids, params)
 
     async def prepare_chat(
         self,
@@ -80,11 +94,10 @@ class AsyncLLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Submission:
         """The same for a conversation, rendered by the model's chat template."""
-        front = self._fronts.get(model)
-        token_ids = await asyncio.to_thread(
-            front.chat_tokens, messages, tools=tools, variables=chat_template_kwargs
+        token_ids = await self.with_front(
+            model, lambda front: front.chat_tokens(messages, tools=tools, variables=chat_template_kwargs)
         )
-        return self._submission(front, token_ids, params)
+        return self._submission(model, token_ids, params)
 
     async def stream(self, *submissions: Submission) -> AsyncGenerator[TextDelta, None]:
         """Run them all and yield deltas as they come, each choice until one with a finish reason.
@@ -114,13 +127,15 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Close the engine's client and end the template processes."""
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._fronts.close)
         await self._client.close()
 
     def _submission(
-        self, front: ModelFront, token_ids: tuple[int, ...], params: SamplingParams | None
+        self, model: str | None, token_ids: tuple[int, ...], params: SamplingParams | None
     ) -> Submission:
-        return front.submit(
+        return self._fronts.get(model).submit(
             token_ids, params or SamplingParams(), lambda: RequestId(next(self._ids)), self._generator
         )
 

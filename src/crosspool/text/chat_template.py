@@ -47,9 +47,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text. Blocks while the template runs.
 
-        ``messages`` are OpenAI's; content in parts must be text. ``tools`` are passed on as given.
-        ``variables`` are further ones that the model's template knows (for instance ``enable_thinking``).
-        Raises InvalidRequestError if the messages are malformed or the template refuses them.
+        ``messages`` come from ``normalise_messages``. ``tools`` are passed on as given. ``variables`` are
+        further ones that the model's template knows (for instance ``enable_thinking``). Raises
+        InvalidRequestError if the template refuses the messages.
         """
         overridden = sorted((RESERVED | self._special_tokens.keys()) & (variables or {}).keys())
         if overridden:
@@ -59,7 +59,7 @@ class ChatTemplate:
         given = {
             **self._special_tokens,
             **(variables or {}),
-            "messages": normalise_messages(messages),
+            "messages": list(messages),
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -89,7 +89,8 @@ def load_chat_template(folder: str | Path, special_tokens: Mapping[str, str]) ->
 
 
 def normalise_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: text parts joined by newlines, arguments of tool calls as objects.
+    """OpenAI's messages as templates expect them: content is one text, its parts joined by newlines, and
+    arguments of tool calls are objects.
 
     Raises InvalidRequestError, naming the message, for one that is malformed.
     """

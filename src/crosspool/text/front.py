@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from crosspool.core.errors import InvalidRequestError, ModelLoadError
+from crosspool.core.errors import InvalidRequestError, ModelLoadError, RequestTooLargeError
 from crosspool.core.ids import Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
 from crosspool.core.request import Request
 from crosspool.core.sampling import SamplingParams
-from crosspool.text.chat_template import ChatTemplate, Message, load_chat_template
+from crosspool.text.chat_template import ChatTemplate, Message, load_chat_template, normalise_messages
 from crosspool.text.output import OutputAssembler
 from crosspool.text.stop import StopStrings
 from crosspool.text.tokenizer import Tokenizer, load_tokenizer
@@ -79,14 +79,16 @@ class ModelFront:
             self._template.close()
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a text. Raises InvalidRequestError if it is not text that can be encoded."""
+        """Token ids of a text. Raises InvalidRequestError if it is not text that can be encoded, and
+        RequestTooLargeError, before any work, if as many tokens as the model takes could not hold it."""
+        tokenizer = self._need_tokenizer()
         try:
-            text.encode()
+            self._check_text_size(len(text.encode()), "prompt")
         except UnicodeEncodeError:
             raise InvalidRequestError(
                 "the prompt holds half of a surrogate pair, which is not text", parameter="prompt"
             ) from None
-        return tuple(self._need_tokenizer().encode(text, add_special_tokens=add_special_tokens))
+        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids. Raises InvalidRequestError for an id out of the vocabulary."""
@@ -113,13 +115,19 @@ class ModelFront:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a conversation, by the model's chat template (see ChatTemplate.render)."""
+        """Token ids of a conversation, by the model's chat template (see ChatTemplate.render).
+
+        Raises InvalidRequestError, and RequestTooLargeError as ``tokenize`` does, here before rendering.
+        """
         if self._template is None:
             raise InvalidRequestError(
                 f"model {self.model.name} has no chat template; use /v1/completions", parameter="messages"
             )
+        normal = normalise_messages(messages)
+        # Characters, of which there are no more than bytes.
+        self._check_text_size(sum(len(message.get("content") or "") for message in normal), "messages")
         text = self._template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+            normal, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
         # The template writes the special tokens itself.
         token_ids = self.tokenize(text, add_special_tokens=False)
@@ -165,6 +173,16 @@ class ModelFront:
                 f"model {self.model.name} has no tokenizer: its prompts must be token ids", parameter="prompt"
             )
         return self.tokenizer
+
+    def _check_text_size(self, size: int, parameter: str) -> None:
+        """Encoding takes time and memory in proportion to a text, so a hopeless one is not begun with."""
+        most = self.model.longest * self._need_tokenizer().longest_token_bytes
+        if size > most:
+            raise RequestTooLargeError(
+                f"a text of {size} bytes is too long: prompt and output of {self.model.name} have at most "
+                f"{self.model.longest} tokens, which are {most} bytes at the very most",
+                parameter=parameter,
+            )
 
     def _checked_ids(self, token_ids: Sequence[int], parameter: str) -> tuple[int, ...]:
         vocab_size = self.model.vocab_size

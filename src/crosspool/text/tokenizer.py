@@ -47,6 +47,11 @@ class Tokenizer(Protocol):
         """How many spaces at the beginning of a decoded text were put there by encoding."""
         ...
 
+    @property
+    def longest_token_bytes(self) -> int:
+        """The most bytes of a text that one token stands for, where encoding drops nothing of the text."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool) -> str:
@@ -70,7 +75,9 @@ class FastTokenizer:
         self._bytes: dict[int, bytes] = {}
         self.special_tokens = dict(special_tokens)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.longest_token_bytes = max((len(decoder.piece_bytes(piece)) for piece in vocab), default=0)
 
     @property
     def leading_spaces(self) -> int:
