@@ -190,6 +190,14 @@ def impatient(tokenizer_folder: Path) -> Iterator[RunningServer]:
         yield server
 
 
+def read_answer(connection: socket.socket) -> bytes:
+    """An answer whose body is one JSON object."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += connection.recv(1000)
+    return answer
+
+
 @pytest.mark.parametrize("content", [b"", b"GET /health HTTP/1.1\r\nHost:"])
 def test_headers_that_do_not_arrive_are_not_waited_for(impatient: RunningServer, content: bytes) -> None:
     with impatient.connect() as connection:
@@ -201,13 +209,36 @@ async def test_a_connection_that_is_kept_has_the_same_time_for_each_request(impa
     with impatient.connect() as connection:
         for _ in range(2):
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
-            answer = b""
-            while not answer.endswith(b"}"):
-                answer += connection.recv(1000)
-            assert b"200 OK" in answer
+            assert b"200 OK" in read_answer(connection)
             await asyncio.sleep(0.7)
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         assert connection.recv(1000) == b""
+
+
+@pytest.mark.parametrize("head", ["GET /health", "POST /v1/completions"])
+def test_a_body_that_was_answered_before_its_end_is_not_waited_for(
+    impatient: RunningServer, head: str
+) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(f"{head} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000\r\n\r\n".encode())
+        assert connection.recv(10_000).startswith(b"HTTP/1.1")
+        connection.sendall(b"x")
+        connection.settimeout(10)
+        while connection.recv(10_000):
+            pass
+
+
+async def test_a_connection_whose_body_came_after_the_answer_serves_the_next_request(
+    impatient: RunningServer,
+) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n")
+        assert b"version" in read_answer(connection)
+        connection.sendall(b"xyzGET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b"version" in read_answer(connection)
+        await asyncio.sleep(0.7)
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b"version" in read_answer(connection)
 
 
 def test_headers_beyond_their_size_are_refused(impatient: RunningServer) -> None:

@@ -20,6 +20,7 @@ from crosspool.server.config import LimitsConfig
 
 BACKLOG = 2048
 KEEP_ALIVE = 30
+CLOSE_TIMEOUT = 5.0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,37 +36,64 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
 
 
+class TimedTransport:
+    """A transport that is closed some time after ``close``, even if the client reads nothing more."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+
+    def close(self) -> None:
+        if not self._transport.is_closing():
+            self._loop.call_later(CLOSE_TIMEOUT, self._transport.abort)
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose client must send the headers of a request within ``header_timeout`` seconds."""
+    """HTTP/1.1 whose client must send the headers of a request within ``header_timeout`` seconds.
+
+    As much time is left for the rest of a body that was answered before its end.
+    """
 
     def __init__(self, *, header_timeout: float, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._header_timeout = header_timeout
-        self._header_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._start_header_timer()
+        super().connection_made(cast(asyncio.Transport, TimedTransport(transport, self.loop)))
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
         if self.conn.their_state is h11.IDLE:
-            self._start_header_timer()
+            self._start_timer()
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_header_timer()
+        if self.conn.their_state is not h11.IDLE and not self._answered_early():
+            self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._answered_early():
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_header_timer()
+        self._stop_timer()
         super().connection_lost(exc)
 
-    def _start_header_timer(self) -> None:
-        if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self._header_timeout, self.transport.close)
+    def _answered_early(self) -> bool:
+        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
 
-    def _stop_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._header_timeout, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class HttpServer(uvicorn.Server):
