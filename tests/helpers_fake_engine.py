@@ -13,11 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from crosspool.core.config import EngineConfig
-from crosspool.core.errors import (
-    ConfigError,
-    ModelUnavailableError,
-    OverloadedError,
-)
+from crosspool.core.errors import ConfigError, OverloadedError
 from crosspool.core.ids import ModelIndex, RequestId
 from crosspool.core.info import EngineInfo, EngineStats, LoadProgress, ModelInfo, ModelStats
 from crosspool.core.request import EngineOutput, FinishReason, Request, TokenLogprobs
@@ -72,8 +68,7 @@ class FakeEngine:
 
     def add(self, request: Request) -> None:
         model = self.info.models[request.model]
-        if model.error is not None:
-            raise ModelUnavailableError(f"model {model.name} does not serve: {model.error}")
+        model.check_serves()
         if request.seed == CRASHING_SEED:
             raise RuntimeError("the fake engine was asked to crash at /secret/path")
         if len(self._sequences) >= MOST_RUNNING:

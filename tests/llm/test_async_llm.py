@@ -152,7 +152,7 @@ async def test_refusals_come_from_prepare(make, folder):
     llm = await make(model_info("a", 0, folder), model_info("b", 1, error="corrupt"))
     with pytest.raises(ModelNotFoundError):
         await llm.prepare("dog", model="x")
-    with pytest.raises(ModelUnavailableError, match="corrupt"):
+    with pytest.raises(ModelUnavailableError, match="b does not serve"):
         await llm.prepare("dog", model="b")
     with pytest.raises(InvalidRequestError, match="one of a, b"):
         await llm.prepare("dog")
@@ -180,6 +180,7 @@ async def test_a_model_that_is_slow_to_tokenize_holds_up_no_other(make, folder, 
     go_on = threading.Event()
     monkeypatch.setattr(llm.front("slow"), "prompt_tokens", lambda prompt: go_on.wait() and (5,))
     slow = [asyncio.create_task(llm.prepare("dog", model="slow")) for _ in range(50)]
+    await asyncio.sleep(0)
     try:
         async with asyncio.timeout(20):
             submission = await llm.prepare("dog", model="quick")

@@ -124,7 +124,7 @@ async def test_rejections_name_the_request_and_the_kind(
         channel.send(messages.Submit(request(9, model=2)))
         rejected = await next_event(channel, messages.Rejected)
         assert (rejected.request, rejected.kind) == (9, "ModelUnavailableError")
-        assert "truncated" in rejected.message
+        assert "failed to load" in rejected.message
         for number in range(MOST_RUNNING + 1):
             channel.send(messages.Submit(request(number, max_tokens=800)))
         rejected = await next_event(channel, messages.Rejected)

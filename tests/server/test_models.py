@@ -40,7 +40,7 @@ async def test_an_unknown_model_is_not_found(application, name: str) -> None:
         assert name in error["message"]
 
 
-async def test_a_model_that_failed_to_load_tells_its_reason(application) -> None:
+async def test_a_model_that_failed_to_load_is_named(application) -> None:
     for response in (
         await application.client.get("/v1/models/broken"),
         await application.post("/v1/completions", model="broken", prompt="a"),
@@ -48,4 +48,5 @@ async def test_a_model_that_failed_to_load_tells_its_reason(application) -> None
         assert response.status_code == 503
         error = response.json()["error"]
         assert error["code"] == "model_unavailable"
-        assert "truncated" in error["message"]
+        assert "failed to load" in error["message"]
+        assert "truncated" not in error["message"], "the file and its fault are for the log"

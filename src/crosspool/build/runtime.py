@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,8 +66,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         {index: spec.num_layers for index, spec in loader.specs.items()},
         clock,
     )
+    reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
-        ModelInfo(model.name, ModelIndex(index), model.path, error=errors.get(ModelIndex(index)))
+        ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
         for index, model in enumerate(config.models)
     ]
     try:
@@ -96,7 +98,8 @@ def _open_models(config: EngineConfig, errors: dict[ModelIndex, str], report: Pr
             sources.append(_Source(index, model, spec, Checkpoint(model.path)))
         except CrossPoolError as error:
             errors[index] = str(error)
-            report(LoadProgress(model.name, 0, 0, str(error)))
+            _log.warning("model %s could not be loaded: %s", model.name, error)
+            report(LoadProgress(model.name, 0, 0, _shown(str(error), model)))
     _require_any(config, sources, errors)
     return sources
 
@@ -105,6 +108,11 @@ def _require_any(config: EngineConfig, loaded: Collection[object], errors: Mappi
     if not loaded:
         reasons = "; ".join(f"{config.models[index].name}: {errors[index]}" for index in sorted(errors))
         raise ModelLoadError(f"no model could be loaded: {reasons}")
+
+
+def _shown(error: str, model: ModelConfig) -> str:
+    """An error as clients may see it: with the names of folder and file, but not where they are."""
+    return error.replace(f"{Path(model.path).absolute().parent}/", "")
 
 
 def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan) -> list[Tensor]:
@@ -151,7 +159,7 @@ class _Loader:
             self._unload(source.index)
             if isinstance(error, CrossPoolError):
                 return self._failed(source, total, str(error))
-            _log.exception("model %s could not be loaded", name)
+            _log.exception("model %s: loading failed", name)
             return self._failed(source, total, f"loading failed: {type(error).__name__}: {error}")
         self.ffn_pool.finish_load(source.index, source.config.pinned)
         self.specs[source.index] = spec
@@ -181,7 +189,8 @@ class _Loader:
         self.ffn_pool.fail_load(model)
 
     def _failed(self, source: _Source, total: int, error: str) -> str:
-        self._report(LoadProgress(source.config.name, 0, total, error))
+        _log.warning("model %s could not be loaded: %s", source.config.name, error)
+        self._report(LoadProgress(source.config.name, 0, total, _shown(error, source.config)))
         return error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from crosspool.core.errors import RequestTooLargeError
+from crosspool.core.errors import ModelUnavailableError, RequestTooLargeError
 from crosspool.core.ids import ModelIndex
 
 
@@ -20,7 +20,8 @@ class Residency(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """One configured model. ``error`` says why it does not serve; sizes are 0 then.
+    """One configured model. ``error`` says why it does not serve; it shows no absolute path, and sizes are 0
+    then.
 
     ``max_context`` is the model's own limit, ``max_pool_tokens`` how many tokens one sequence may have in
     the KV pool.
@@ -47,6 +48,13 @@ class ModelInfo:
     def longest(self) -> int:
         """The most tokens that one request may have, prompt and output together."""
         return min(self.max_context, self.max_pool_tokens)
+
+    def check_serves(self) -> None:
+        """Raises ModelUnavailableError for a model that failed to load. Clients see it, so it has no path."""
+        if self.error is not None:
+            raise ModelUnavailableError(
+                f"model {self.name} does not serve: it failed to load, and the log says why"
+            )
 
     def check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         """Raises RequestTooLargeError, with the numbers, for what no state of the pool could hold."""

@@ -7,11 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from crosspool.core.batch import RetiredEvent, TokenEvent
-from crosspool.core.errors import (
-    InvalidRequestError,
-    InvariantError,
-    ModelUnavailableError,
-)
+from crosspool.core.errors import InvalidRequestError, InvariantError
 from crosspool.core.ids import ModelIndex, RequestId
 from crosspool.core.info import EngineInfo, EngineStats, ModelInfo, ModelStats
 from crosspool.core.protocols import Clock, Executor
@@ -130,8 +126,7 @@ class Engine:
 
     def _model(self, request: Request) -> ModelInfo:
         model = self.info.models[request.model]
-        if model.error is not None:
-            raise ModelUnavailableError(f"model {model.name} does not serve: {model.error}")
+        model.check_serves()
         return model
 
     def _check_size(self, request: Request, model: ModelInfo) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from crosspool.core.errors import InvalidRequestError, ModelNotFoundError, ModelUnavailableError
+from crosspool.core.errors import InvalidRequestError, ModelNotFoundError
 from crosspool.core.info import EngineInfo
 from crosspool.text.front import ModelFront
 
 
 class Fronts:
-    """Every model that serves has a front; the others have an error to tell."""
+    """Every model that serves has a front; for the others ``get`` says that they do not."""
 
     def __init__(self, info: EngineInfo, fronts: Iterable[ModelFront]) -> None:
         self._info = info
@@ -36,10 +36,8 @@ class Fronts:
             raise ModelNotFoundError(
                 f"there is no model {name!r}; there are {', '.join(names)}", parameter="model"
             )
-        front = self._fronts.get(name)
-        if front is None:
-            raise ModelUnavailableError(f"model {name} does not serve: {model.error}")
-        return front
+        model.check_serves()
+        return self._fronts[name]
 
     def close(self) -> None:
         for front in self._fronts.values():
