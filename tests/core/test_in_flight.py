@@ -115,6 +115,24 @@ def test_a_chunk_that_runs_when_a_late_token_arrives_is_its_one() -> None:
     assert order == [1] * 9 + [0] * 7
 
 
+def test_a_chunk_that_runs_when_the_next_token_begins_is_its_one() -> None:
+    in_flight = InFlight(TWO, lambda _: 1)
+    in_flight.submit(grant(0, Phase.DECODE, steps=2, start_by=1000), ZERO)
+    in_flight.submit(grant(1, Phase.PREFILL, chooses=False), ZERO)
+    attention = in_flight.start(Team(0), ZERO)
+    assert attention is not None and attention.grant == 1, "the decode has slack"
+    in_flight.finish(attention, ZERO)
+    chunk = in_flight.start(Team(1), ZERO)
+    assert chunk is not None and chunk.grant == 1
+    in_flight._chunks_running[GrantId(1)] = 2000
+    batch = in_flight[GrantId(0)]
+    batch.layer, batch.unstarted = 1, {Team(0): 0}
+    head = in_flight.start(Team(0), ZERO)
+    assert head is not None and (head.grant, head.layer) == (0, 1)
+    in_flight.finish(head, Nanoseconds(10))
+    assert (batch.step, batch.passed) == (1, 1)
+
+
 def test_an_id_is_used_once() -> None:
     in_flight = InFlight(ONE, lambda _: 1)
     in_flight.submit(grant(0, Phase.DECODE), ZERO)

@@ -17,22 +17,26 @@ PROFILE = HardwareProfile(1e12, 1e9, Nanoseconds(0))
 
 
 def test_work_of_rows() -> None:
-    assert Work.of([(10, 1), (4, 3)]) == Work(tokens=4, context=18, attended=11 + 21)
+    full, windowed = LayerCosts(SPEC, PROFILE), LayerCosts(gqa_spec(windows=(5, 6)), PROFILE)
+    assert full.work([(10, 1), (4, 3)]) == Work(tokens=4, context=11 + 7, attended=11 + 3 * 6)
+    assert windowed.work([(10, 1), (4, 3)]) == Work(tokens=4, context=7 + 7, attended=6 + 3 * 6)
+    mixed = LayerCosts(gqa_spec(windows=(5, None)), PROFILE)
+    assert mixed.work([(10, 1)]) == full.work([(10, 1)])
 
 
 def test_one_token_is_bound_by_bytes_and_many_by_operations() -> None:
     costs = LayerCosts(SPEC, PROFILE)
     ffn = SPEC.layers[-1].ffn
-    one = costs.ffn(Work.of([(0, 1)]))
+    one = costs.ffn(costs.work([(0, 1)]))
     share = ffn.router.top_k / ffn.router.num_experts  # type: ignore[union-attr]
     assert one == int(ffn.weights(1024) * 2 * share / 1e9 * 1e9)
-    many = costs.ffn(Work.of([(0, 100_000)]))
+    many = costs.ffn(costs.work([(0, 100_000)]))
     assert many == pytest.approx(2 * 100_000 * ffn.active_weights(1024) / 1e12 * 1e9, rel=1e-6)
 
 
 def test_longer_context_costs_attention_alone() -> None:
     costs = LayerCosts(SPEC, PROFILE)
-    short, long = Work.of([(10, 1)]), Work.of([(100_000, 1)])
+    short, long = costs.work([(10, 1)]), costs.work([(100_000, 1)])
     extra = costs.half(Half.ATTENTION, long) - costs.half(Half.ATTENTION, short)
     assert extra == pytest.approx((100_000 - 10) * SPEC.kv_bytes_per_token_layer, rel=1e-3)
     assert costs.half(Half.FFN, long) == costs.half(Half.FFN, short)
@@ -50,6 +54,8 @@ def test_calibration_starts_at_the_prediction_and_follows_the_measurements() -> 
     assert calibration.correct(*key, 1000) == 1000
     calibration.learn(*key, 1000, 3000)
     assert calibration.correct(*key, 1000) == 3000
+    calibration.learn(*key, 1000, 1000)
+    assert calibration.correct(*key, 1000) == 2000, "the first measurements count alike"
     for _ in range(30):
         calibration.learn(*key, 1000, 1500)
     assert calibration.correct(*key, 1000) == pytest.approx(1500, rel=0.01)

@@ -59,6 +59,36 @@ def test_prompts_are_cut_into_quanta_and_the_rest() -> None:
     ]
 
 
+def test_chunks_shrink_where_a_layer_would_take_longer_than_it_may() -> None:
+    """A query late in a prompt attends to more: the same number of tokens takes longer there."""
+    profile = HardwareProfile(operations_per_second=2e8, task_overhead=Nanoseconds(1000))
+    config = small_steps(max_chunk_tokens=128, chunk_layer_cost=4 * MILLISECOND)
+    world = make_world([SPEC], page_bytes=PAGE, pages=300, scheduler=config, profile=profile)
+    recorder = Recorder(world)
+    world.add(make_request(0, tuple(range(97)) * 40, 1))
+    world.run()
+    grants = recorder.of(Phase.PREFILL)
+    sizes = [len(grant.rows[0].tokens) for grant in grants[:-1]]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1] == 16
+    assert all(
+        grant.layer_cost <= 4 * MILLISECOND or len(grant.rows[0].tokens) == 16 for grant in grants[:-1]
+    )
+
+
+def test_windowed_sequences_are_admitted_by_what_they_hold_not_by_a_chunk_they_never_need() -> None:
+    spec = gqa_spec(windows=(32, 32, 32, 32))
+    config = small_steps(chunk_quantum=16, max_chunk_tokens=512)
+    world = make_world([spec], page_bytes=PAGE, pages=60, scheduler=config)
+    for identity in range(30):
+        world.add(make_request(identity, PROMPT, 100))
+    most = 0
+    while world.engine.has_work():
+        world.step()
+        most = max(most, world.engine.stats().models[0].running)
+        world.executor.advance()
+    assert most >= 15
+
+
 def test_sequences_of_one_model_decode_together_and_newcomers_join() -> None:
     world = make_world([SPEC], page_bytes=PAGE, pages=40, scheduler=small_steps())
     recorder = Recorder(world)

@@ -48,7 +48,7 @@ class CpuBackend:
 
 
 def make_cpu_backends(devices: Mapping[str, int], threads: int | None) -> tuple[CpuBackend, ...]:
-    """``devices`` maps names to logical numbers. Device n has the n-th share of the cores, modulo the shares.
+    """``devices`` maps names to logical numbers. In the order of these, each device has a share of the cores.
 
     With more devices than cores, each has one core and shares it. Unless ``threads`` says otherwise, a
     computation leaves one core of a larger share to the engine's thread and the API process: they deliver
@@ -58,10 +58,11 @@ def make_cpu_backends(devices: Mapping[str, int], threads: int | None) -> tuple[
     if threads is not None and threads > len(cores):
         raise ConfigError(f"threads is {threads}, but this process may run on {len(cores)} cores only")
     share = threads or max(1, len(cores) // len(devices))
+    place = {number: index for index, number in enumerate(sorted(devices.values()))}
     return tuple(
         CpuBackend(
             name,
-            tuple(sorted({cores[(number * share + i) % len(cores)] for i in range(share)})),
+            tuple(sorted({cores[(place[number] * share + i) % len(cores)] for i in range(share)})),
             threads or max(1, share - 1),
         )
         for name, number in devices.items()

@@ -30,6 +30,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200 or any(c.isspace() for c in self.name):
             raise ConfigError(f"a model's name must be 1 to 200 characters without spaces, not {self.name!r}")
+        for field_name in ("ttft_target", "tbt_target"):
+            target = getattr(self, field_name)
+            if target is not None and target < 1:
+                raise ConfigError(f"model {self.name}: {field_name} must be above 0, not {target}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(
                 f"model {self.name}: dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}"

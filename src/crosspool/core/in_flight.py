@@ -90,8 +90,7 @@ class InFlight:
         if grant.id in self._batches:
             raise InvariantError(f"grant {grant.id} is already in flight")
         batch = MicroBatch(grant, grant.start_by, {row.request for row in grant.rows})
-        if batch.decoding and any(delays(batch.start_by, 0, end) for end in self._chunks_running.values()):
-            batch.passed = 1
+        batch.passed = self._already_passed(batch)
         self._batches[grant.id] = batch
         self._enter(batch)
 
@@ -170,13 +169,18 @@ class InFlight:
             if other.decoding and delays(other.start_by, cost, now):
                 other.passed += 1
 
+    def _already_passed(self, batch: MicroBatch) -> int:
+        """Whether a prefill layer task that runs now makes the token that begins wait, on whichever side."""
+        late = any(delays(batch.start_by, 0, end) for end in self._chunks_running.values())
+        return int(batch.decoding and late)
+
     def _advance(self, batch: MicroBatch, now: int) -> None:
         layers = self._layers(batch.grant.model)
         if batch.layer == layers:
             batch.step += 1
             batch.layer = 0
-            batch.passed = 0
             batch.start_by = now + batch.grant.interval
+            batch.passed = self._already_passed(batch)
         elif batch.half is Half.ATTENTION:
             batch.half = Half.FFN
         else:

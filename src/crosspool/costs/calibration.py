@@ -6,22 +6,25 @@ from crosspool.core.batch import Half, Phase
 from crosspool.core.ids import ModelIndex, Nanoseconds
 
 SMOOTHING = 0.2
-"""Weight of the newest measurement: a few tasks settle it, one disturbed task does not upset it."""
+"""Weight of the newest measurement, at least. Earlier on it is a plain mean: the first measurement of all has
+the whole weight, and is often disturbed by cold caches."""
 
 
 class Calibration:
     """Smoothed ratio of measured to predicted time. 1 until something was measured."""
 
     def __init__(self) -> None:
-        self._ratios: dict[tuple[ModelIndex, Phase, Half], float] = {}
+        self._ratios: dict[tuple[ModelIndex, Phase, Half], tuple[float, int]] = {}
 
     def correct(self, model: ModelIndex, phase: Phase, half: Half, predicted: int) -> Nanoseconds:
-        return Nanoseconds(int(predicted * self._ratios.get((model, phase, half), 1.0)))
+        ratio, _ = self._ratios.get((model, phase, half), (1.0, 0))
+        return Nanoseconds(int(predicted * ratio))
 
     def learn(self, model: ModelIndex, phase: Phase, half: Half, predicted: int, measured: int) -> None:
         """``predicted`` is the uncorrected prediction. Times of 0 (nothing ran) teach nothing."""
         if predicted <= 0 or measured <= 0:
             return
-        key, ratio = (model, phase, half), measured / predicted
-        old = self._ratios.get(key)
-        self._ratios[key] = ratio if old is None else old + SMOOTHING * (ratio - old)
+        key = (model, phase, half)
+        ratio, samples = self._ratios.get(key, (0.0, 0))
+        weight = max(SMOOTHING, 1 / (samples + 1))
+        self._ratios[key] = (ratio + weight * (measured / predicted - ratio), samples + 1)

@@ -32,22 +32,12 @@ class Work:
     """What a micro-batch asks of one layer.
 
     ``tokens`` of all rows; ``context``: positions whose KV is read, over all rows; ``attended``: pairs of a
-    query and a position, over all rows (for a decode the same as ``context``).
+    query and a position that it sees, over all rows (for a decode the same as ``context``).
     """
 
     tokens: int
     context: int
     attended: int
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[int, int]]) -> Work:
-        """From each row's (start, number of tokens)."""
-        tokens = context = attended = 0
-        for start, count in rows:
-            tokens += count
-            context += start + count
-            attended += count * (start + count)
-        return cls(tokens, context, attended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +45,23 @@ class LayerCosts:
     """Predicted times of one model's layer tasks on one kind of device.
 
     A layer is taken to be the model's last one: layers differ little, and where they do (leading dense
-    layers) the last is the rule.
+    layers) the last is the rule. Where windows differ, the widest counts.
     """
 
     spec: ModelSpec
     profile: HardwareProfile
+
+    def work(self, rows: Iterable[tuple[int, int]]) -> Work:
+        """Of a micro-batch, from each row's (start, number of tokens)."""
+        windows = [layer.window for layer in self.spec.layers]
+        window = None if None in windows else max(w for w in windows if w is not None)
+        tokens = context = attended = 0
+        for start, count in rows:
+            seen = start + (count + 1) // 2
+            tokens += count
+            context += start + count if window is None else min(start, window) + count
+            attended += count * (seen if window is None else min(seen, window))
+        return Work(tokens, context, attended)
 
     def half(self, half: Half, work: Work) -> Nanoseconds:
         return self.attention(work) if half is Half.ATTENTION else self.ffn(work)
@@ -81,6 +83,11 @@ class LayerCosts:
         weights_read = ffn.weights(spec.hidden_size) * active_share(ffn, work.tokens)
         operations = 2 * work.tokens * ffn.active_weights(spec.hidden_size)
         return self.profile.time(operations, weights_read * spec.dtype.bytes)
+
+    def head(self, rows: int) -> Nanoseconds:
+        """Final norm, LM head and token choice for ``rows`` rows."""
+        weights = self.spec.vocab_size * self.spec.hidden_size
+        return self.profile.time(2 * weights * rows, weights * self.spec.dtype.bytes)
 
 
 def active_share(ffn: FfnSpec, tokens: int) -> float:

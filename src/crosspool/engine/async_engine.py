@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 
-from crosspool.core.errors import CrossPoolError, EngineDeadError
+from crosspool.core.errors import CrossPoolError, EngineDeadError, InvariantError
 from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineInfo, EngineStats
 from crosspool.core.request import EngineOutput, Request
@@ -46,6 +46,8 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncIterator[EngineOutput]:
         """See EngineClient.generate."""
         self._raise_if_dead()
+        if request.id in self._streams:
+            raise InvariantError(f"request id {request.id} is in use")
         stream: Stream = asyncio.Queue()
         self._streams[request.id] = stream
         self._call(lambda: self._add(request))
@@ -79,7 +81,7 @@ class AsyncEngine:
         answer.add_done_callback(self._answers.discard)
 
         def take() -> None:
-            self._loop.call_soon_threadsafe(_answer, answer, self._engine.stats())
+            self._tell(_answer, answer, self._engine.stats())
 
         self._call(take)
         return await answer
@@ -116,7 +118,7 @@ class AsyncEngine:
             reason = "the engine failed"
         finally:
             self._engine.close()
-            self._loop.call_soon_threadsafe(self._die, reason)
+            self._tell(self._die, reason)
 
     def _take_commands(self) -> None:
         while not self._commands.empty():
@@ -126,11 +128,18 @@ class AsyncEngine:
         try:
             self._engine.add(request)
         except CrossPoolError as error:
-            self._loop.call_soon_threadsafe(self._put, request.id, error)
+            self._tell(self._put, request.id, error)
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         if outputs:
-            self._loop.call_soon_threadsafe(self._put_all, outputs)
+            self._tell(self._put_all, outputs)
+
+    def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Run something in the event loop. If the loop is gone, nobody listens any more: stop."""
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            self._stop = True
 
     # -- the event loop -------------------------------------------------------------------------------
 

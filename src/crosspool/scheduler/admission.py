@@ -120,6 +120,6 @@ class Admission:
     def _wants(self, sequence: Sequence) -> int:
         """Pages still lacking for the known tokens, and one chunk to grow."""
         assert sequence.table is not None
-        model = sequence.request.model
-        known = self._pool.pages_for(model, sequence.known)
-        return max(0, known - sequence.table.pages) + len(sequence.table.groups)
+        most = self._pool.pages_for(sequence.request.model, sequence.known) - sequence.table.pages
+        lacking = min(max(0, most), self._pool.missing(sequence.table, sequence.known))
+        return lacking + len(sequence.table.groups)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from crosspool.core.batch import Phase, Row, TokenChoice
 from crosspool.core.config import SchedulerConfig
@@ -20,23 +22,42 @@ def choose_decodes(idle: Iterable[Sequence], limit: int) -> list[Sequence]:
 
 
 def choose_chunks(
-    idle: Iterable[Sequence], budget: int, config: SchedulerConfig
+    idle: Iterable[Sequence], fits: Callable[[list[tuple[int, int]]], bool], config: SchedulerConfig
 ) -> list[tuple[Sequence, int]]:
     """Sequences and how many known tokens of each to compute, earliest deadline first.
 
-    Every chunk but a sequence's last is a multiple of the quantum, so where a prompt is cut never depends on
-    the load by less than a quantum. ``budget`` (tokens) is at least one quantum.
+    ``fits`` says whether a micro-batch of these (start, tokens) chunks is short enough; one quantum always
+    is, so that prefill goes on. Every chunk but a sequence's last is a whole number of quanta.
     """
     chosen: list[tuple[Sequence, int]] = []
+    rows: list[tuple[int, int]] = []
+    budget = config.max_chunk_tokens
     for sequence in sorted(idle, key=lambda s: s.order)[: config.max_prefill_rows]:
-        tokens = min(sequence.pending, budget)
-        if tokens < sequence.pending:
-            tokens -= tokens % config.chunk_quantum
+        start, most = sequence.computed, min(sequence.pending, budget)
+        if most < sequence.pending:
+            most -= most % config.chunk_quantum
+        tokens = _longest(partial(_fits_too, fits, rows, start), most, config.chunk_quantum)
+        if not chosen:
+            tokens = max(tokens, min(config.chunk_quantum, most))
         if tokens == 0:
             break
+        rows.append((start, tokens))
         chosen.append((sequence, tokens))
         budget -= tokens
     return chosen
+
+
+def _fits_too(
+    fits: Callable[[list[tuple[int, int]]], bool], rows: list[tuple[int, int]], start: int, tokens: int
+) -> bool:
+    return fits([*rows, (start, tokens)])
+
+
+def _longest(fits: Callable[[int], bool], most: int, quantum: int) -> int:
+    """The most tokens, in whole quanta or ``most`` itself, that fit; fewer fit if more do."""
+    quanta = range(1, -(-most // quantum) + 1)
+    fitting = bisect_left(quanta, True, key=lambda n: not fits(min(n * quantum, most)))
+    return min(fitting * quantum, most)
 
 
 def decode_row(sequence: Sequence, steps: int) -> Row:

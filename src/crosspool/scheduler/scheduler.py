@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import count
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenEvent
@@ -165,7 +166,7 @@ class Scheduler:
         return self._grant(lane, [s for s, _ in members], rows, max(steps for _, steps in members), times)
 
     def _form_prefill(self, lane: Lane, ready: list[Sequence]) -> Grant | None:
-        chunks = choose_chunks(ready, self._pipeline.chunk_tokens(lane[0]), self._config)
+        chunks = choose_chunks(ready, partial(self._pipeline.chunk_fits, lane[0]), self._config)
         chunks = [(s, tokens) for s, tokens in chunks if self._secure_or_stall(s, s.computed + tokens)]
         chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
         if not chunks:
@@ -183,12 +184,22 @@ class Scheduler:
         times: Times,
     ) -> Grant:
         model, device, phase = lane
-        grant = Grant(GrantId(next(self._ids)), model, phase, device, tuple(rows), steps, *times)
+        grant = Grant(
+            GrantId(next(self._ids)),
+            model,
+            phase,
+            device,
+            tuple(rows),
+            steps,
+            times.start_by,
+            times.interval,
+            times.layer_cost,
+        )
         for sequence in sequences:
             sequence.grant = grant.id
         self._grants[grant.id] = grant
         self._in_lane[lane] += 1
-        self._pipeline.submitted(grant)
+        self._pipeline.submitted(grant, times.pass_time)
         return grant
 
     # -- pages ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight, LayerTask
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Team, Topology
-from crosspool.costs.layer import HardwareProfile, LayerCosts, Work
+from crosspool.costs.layer import HardwareProfile, LayerCosts
 from crosspool.sim.clock import VirtualClock
 
 
@@ -65,7 +65,6 @@ class SimExecutor:
         self._specs = dict(specs)
         self._clock = clock
         self._tokens = tokens
-        self._profile = profile
         self._speed = speed
         self._watch = watch
         self.in_flight = InFlight(topology, lambda model: specs[model].num_layers)
@@ -135,14 +134,12 @@ class SimExecutor:
             self._watch(task, now, now + time)
 
     def _time(self, task: LayerTask, grant: Grant) -> int:
-        spec = self._specs[grant.model]
-        if task.layer == spec.num_layers:
-            head = spec.vocab_size * spec.hidden_size
-            rows = sum(1 for row in grant.rows if row.choice is not None)
-            return self._profile.time(2 * head * rows, head * spec.dtype.bytes)
+        costs = self._costs[grant.model]
+        if task.layer == costs.spec.num_layers:
+            return costs.head(sum(1 for row in grant.rows if row.choice is not None))
         prefill = grant.phase is Phase.PREFILL
-        work = Work.of((row.start + task.step, len(row.tokens) if prefill else 1) for row in grant.rows)
-        return self._costs[grant.model].half(task.half, work) // task.parts
+        work = costs.work((row.start + task.step, len(row.tokens) if prefill else 1) for row in grant.rows)
+        return costs.half(task.half, work) // task.parts
 
     def _end_task(self, task: LayerTask) -> None:
         progress = self._progress[task.grant]

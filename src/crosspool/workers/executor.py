@@ -11,7 +11,7 @@ import torch
 from crosspool.backends.base import Backend
 from crosspool.core.batch import Event, Grant, Half, RetiredEvent, TokenEvent
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import GrantId, ModelIndex, RequestId
+from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight, LayerTask
 from crosspool.core.protocols import Clock
 from crosspool.core.topology import Team, Topology
@@ -204,5 +204,7 @@ class ThreadedExecutor:
     def _retire(self, state: GrantState) -> None:
         del self._states[state.grant.id]
         times = (state.times[Half.ATTENTION].mean, state.times[Half.FFN].mean)
+        if state.error is not None:
+            times = (Nanoseconds(0), Nanoseconds(0))
         self._events.append(RetiredEvent(state.grant.id, times, state.error))
         self._news.notify_all()

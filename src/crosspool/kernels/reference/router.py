@@ -30,8 +30,12 @@ def router(
     top_groups: int,
     group_score: str,
 ) -> tuple[Tensor, Tensor]:
-    """See interface.Router. The bias decides who is chosen and never enters the weights."""
-    logits = functional.linear(hidden.float(), weight.float())
+    """See interface.Router. The bias decides who is chosen and never enters the weights.
+
+    Logits are added up in float64: in float32 their last bits would depend on how many rows there are, and
+    through the experts' weights so would a request's tokens.
+    """
+    logits = functional.linear(hidden.double(), weight.double()).float()
     scores = SCORES[scoring](logits)
     ranked = scores if selection_bias is None else scores + selection_bias
     if groups > 1:
