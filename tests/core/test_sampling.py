@@ -34,6 +34,7 @@ pytestmark = pytest.mark.unit
         ("stop", ("",)),
         ("stop", ("x" * 600,)),
         ("stop", tuple("abcdefghijklmnopq")),
+        ("stop", ("END", "a\ud800")),
         ("stop_token_ids", (-1,)),
         ("max_tokens", 0),
         ("min_tokens", 17),

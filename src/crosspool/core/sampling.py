@@ -81,6 +81,12 @@ class SamplingParams:
                     f"a stop string must be text of 1 to {MAX_STOP_STRING_LENGTH} characters",
                     parameter="stop",
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InvalidRequestError(
+                    "a stop string holds half of a surrogate pair, which is not text", parameter="stop"
+                ) from None
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequestError(
                 f"stop_token_ids has {len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are taken",
