@@ -79,6 +79,12 @@ def test_text_parts_are_joined():
     assert normalise_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "a\nb"}]
 
 
+@pytest.mark.parametrize("nothing", [{}, {"content": None}, {"content": None, "tool_calls": []}])
+def test_an_assistant_that_said_nothing_has_empty_content(nothing):
+    (normal,) = normalise_messages([{"role": "assistant", **nothing}])
+    assert normal["content"] == ""
+
+
 def test_other_keys_are_kept_and_the_clients_messages_left_alone():
     message = {
         "role": "assistant",
@@ -99,6 +105,7 @@ def test_other_keys_are_kept_and_the_clients_messages_left_alone():
         {"y": 2},
     ]
     assert normal["tool_calls"][0]["id"] == "1"
+    assert normal["content"] is None
     assert json.dumps(message) == before
 
 

@@ -106,11 +106,14 @@ def _normalise_message(message: Message, where: str) -> dict[str, Any]:
         raise InvalidRequestError(f"{where}.role must be text", parameter="messages")
     normal = dict(message)
     content = message.get("content")
+    calls = message.get("tool_calls")
     if content is None and message["role"] != "assistant":
         raise InvalidRequestError(f"{where}.content is missing", parameter="messages")
     if content is not None:
         normal["content"] = content if isinstance(content, str) else _join_parts(content, where)
-    calls = message.get("tool_calls")
+    elif not calls:
+        # An answer that was empty, as OpenAI's clients send it back. Templates expect a text.
+        normal["content"] = ""
     if calls:
         if not isinstance(calls, list):
             raise InvalidRequestError(f"{where}.tool_calls must be a list", parameter="messages")
