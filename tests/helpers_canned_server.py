@@ -24,7 +24,9 @@ class CannedServer:
         self.answers[path] = (status, "application/json", json.dumps(content).encode())
 
     def answer_stream(self, path: str, *events: object) -> None:
-        lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
+        lines = [
+            event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events
+        ]
         body = "".join(f"data: {line}\n\n" for line in lines).encode()
         self.answers[path] = (200, "text/event-stream", body)
 

@@ -51,7 +51,14 @@ def test_every_option_reaches_the_server(server: CannedServer) -> None:
 def test_a_question_that_is_piped_in(server: CannedServer) -> None:
     result = CliRunner().invoke(app, ["chat", "a", "--url", server.url], input="line 1\nline 2\n")
     assert result.stdout == "Paris\n"
-    assert server.bodies[0]["messages"] == [{"role": "user", "content": "line 1\nline 2\n"}]
+    assert server.bodies[0]["messages"] == [{"role": "user", "content": "line 1\nline 2"}]
+
+
+@pytest.mark.parametrize(("arguments", "piped"), [([], ""), ([], "\n"), ([" "], None)])
+def test_an_empty_question_is_not_sent(server: CannedServer, arguments: list[str], piped: str | None) -> None:
+    result = CliRunner().invoke(app, ["chat", "a", *arguments, "--url", server.url], input=piped)
+    assert (result.exit_code, server.bodies) == (2, [])
+    assert result.stderr == "crosspool: the question is empty\n"
 
 
 def test_json_is_the_servers_whole_answer(server: CannedServer) -> None:

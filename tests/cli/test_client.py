@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from crosspool.cli.client import ServerClient
-from crosspool.core.errors import CrossPoolError
+from crosspool.cli.client import ServerClient, _lines
+from crosspool.core.errors import ConfigError, CrossPoolError
 from helpers_canned_server import CannedServer, canned_server
 
 pytestmark = pytest.mark.integration
@@ -30,6 +30,24 @@ def test_a_stream_gives_its_text_piece_by_piece(server: CannedServer) -> None:
         assert "".join(client.stream_chat({"model": "a"})) == "Paris"
     assert server.bodies == [{"model": "a", "stream": True}]
     assert server.keys == ["Bearer secret"]
+
+
+def test_only_newlines_end_a_line(server: CannedServer) -> None:
+    text = "a\u2028b\u0085c\x1ed\x0be"
+    server.answer_stream(CHAT, piece(text), "[DONE]")
+    with ServerClient(server.url) as client:
+        assert list(client.stream_chat({})) == [text]
+
+
+def test_lines_are_put_together_from_whatever_arrives() -> None:
+    chunks = [b"data: \xe2", b"\x80\xa8x\r", b"\n", b"\ndata: y\nz"]
+    assert list(_lines(iter(chunks))) == ["data: \u2028x", "", "data: y"]
+
+
+@pytest.mark.parametrize("key", ["é", "", "a\nb"])
+def test_a_key_that_cannot_be_one(server: CannedServer, key: str) -> None:
+    with pytest.raises(ConfigError, match="API key must be printable ASCII"):
+        ServerClient(server.url, key)
 
 
 def test_an_error_within_a_stream_is_raised_after_what_came_before(server: CannedServer) -> None:

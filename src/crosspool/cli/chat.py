@@ -52,9 +52,11 @@ def chat(
         body["seed"] = seed
     opening = [] if system is None else [{"role": "system", "content": system}]
     if question is None and not _is_interactive():
-        question = sys.stdin.read()
+        question = sys.stdin.read().rstrip("\n")
     if question is None and as_json:
         raise ConfigError("--json needs a question: crosspool chat MODEL QUESTION --json")
+    if question is not None and not question.strip():
+        raise ConfigError("the question is empty")
     with ServerClient(url, api_key) as client:
         if question is None:
             _check_served(client, model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from crosspool.core.errors import CrossPoolError
+from crosspool.core.errors import ConfigError, CrossPoolError
 
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 660.0
@@ -19,10 +19,13 @@ NOT_READY = 503
 
 
 class ServerClient:
-    """One server, as a context manager. Every method raises CrossPoolError with a sentence for the user."""
+    """One server, as a context manager. Every method raises CrossPoolError with a sentence for the user, the
+    constructor ConfigError for an API key that no server can have."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url.rstrip("/")
+        if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
+            raise ConfigError("the API key must be printable ASCII text that is not empty")
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
         with self._failures():
@@ -58,7 +61,7 @@ class ServerClient:
             if answer.is_error:
                 answer.read()
             self._check(answer)
-            for line in answer.iter_lines():
+            for line in _lines(answer.iter_bytes()):
                 event = line.removeprefix("data: ")
                 if event == "[DONE]":
                     return
@@ -93,3 +96,12 @@ class ServerClient:
             raise CrossPoolError(f"no answer from {self._url}: {reason}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise CrossPoolError(f"{self._url} does not answer as an OpenAI-compatible server") from error
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Lines as server-sent events have them; ``str.splitlines`` also splits at characters within a text."""
+    begun = b""
+    for chunk in chunks:
+        *lines, begun = (begun + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode()
