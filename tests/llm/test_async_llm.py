@@ -212,3 +212,16 @@ async def test_an_engine_is_closed_if_the_fronts_cannot_be_opened(monkeypatch):
     with pytest.raises(MemoryError):
         await AsyncLLM.build({"a": "folder"})
     assert engine.closed
+
+
+async def test_the_fronts_follow_an_engine_that_was_started_again(make, folder):
+    llm = await make(model_info("a", 0, folder), model_info("b", 1, folder, error="truncated"))
+    engine_of(llm).info = engine_info(
+        model_info("a", 0, folder, error="truncated"), model_info("b", 1, folder, max_context=6)
+    )
+    await llm.reopen()
+    with pytest.raises(ModelUnavailableError):
+        await llm.prepare([5], model="a")
+    with pytest.raises(RequestTooLargeError):
+        await llm.prepare([5], SamplingParams(max_tokens=6), model="b")
+    assert len(await everything(llm.generate("d", SamplingParams(max_tokens=3), model="b"))) > 0

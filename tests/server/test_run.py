@@ -21,6 +21,7 @@ from crosspool.server.run import serve
 from helpers_polling import wait_until
 from helpers_server import RunningServer, running_server
 from helpers_sse import read_events
+from helpers_tiny_tokenizer import save_tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 
@@ -110,6 +111,18 @@ async def test_when_the_cell_is_killed_streams_end_with_an_error_and_the_server_
     await wait_until(server.ready, "not ready again", 20)
     assert complete(server, max_tokens=3).json()["choices"][0]["text"] == "abc"
     assert server.metric("crosspool_engine_starts_total") == 2
+
+
+async def test_after_a_restart_the_front_knows_the_models_of_the_new_engine(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    with running_server({"tiny": folder}) as server:
+        assert "no tokenizer" in complete(server).json()["error"]["message"]
+        save_tiny_tokenizer(folder)
+        server.cell().kill()
+        await wait_until(lambda: not server.ready(), "still ready", 5)
+        await wait_until(server.ready, "not ready again", 20)
+        assert complete(server, max_tokens=3).json()["choices"][0]["text"] == "abc"
 
 
 async def test_sigterm_drains_running_requests_and_refuses_new_ones(server: RunningServer) -> None:

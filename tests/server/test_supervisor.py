@@ -31,6 +31,7 @@ class Supervised:
     engine: RemoteEngine
     supervisor: Supervisor
     task: asyncio.Task[None]
+    front_opens: asyncio.Event
     progress: list[LoadProgress] = field(default_factory=list)
     ready: list[EngineInfo] = field(default_factory=list)
 
@@ -47,17 +48,25 @@ async def supervised(
     command: tuple[str, ...], config: EngineConfig, limits: SupervisionConfig | None = None
 ) -> AsyncIterator[Supervised]:
     engine, progress, ready = RemoteEngine(), [], []
+
+    front_opens = asyncio.Event()
+    front_opens.set()
+
+    async def on_ready() -> None:
+        ready.append(engine.info)
+        await front_opens.wait()
+
     supervisor = Supervisor(
         engine,
         config,
         limits or SupervisionConfig(),
         progress=progress.append,
-        on_ready=ready.append,
+        on_ready=on_ready,
         cell_command=command,
     )
     task = asyncio.create_task(supervisor.run())
     try:
-        yield Supervised(engine, supervisor, task, progress, ready)
+        yield Supervised(engine, supervisor, task, front_opens, progress, ready)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -101,6 +110,19 @@ async def test_progress_and_readiness_are_reported_and_requests_served(
         assert [update.model for update in running.progress] == ["tiny"] * 2 + ["other"] * 2 + ["broken"] * 2
         assert "truncated" in running.progress[-1].error
         assert await drain(running.engine, request(1, max_tokens=7)) == 7
+
+
+async def test_an_engine_is_ready_when_the_front_is(
+    fake_cell_command: tuple[str, ...], fake_config: EngineConfig
+) -> None:
+    async with supervised(fake_cell_command, fake_config) as running:
+        await running.until_ready()
+        running.front_opens.clear()
+        cell().kill()
+        await running.until_ready(times=2)
+        assert running.supervisor.state is EngineState.RESTARTING
+        running.front_opens.set()
+        await running.until(EngineState.READY, seconds=5)
 
 
 async def test_a_killed_cells_streams_end_within_2_s_and_another_is_started(
@@ -191,7 +213,7 @@ async def test_a_cell_that_keeps_dying_counts_as_dead_but_is_still_started(
 async def test_the_pause_before_a_restart_grows_but_not_beyond_its_limit(fake_config: EngineConfig) -> None:
     limits = SupervisionConfig(max_restart_delay=8)
     supervisor = Supervisor(
-        RemoteEngine(), fake_config, limits, progress=lambda _: None, on_ready=lambda _: None
+        RemoteEngine(), fake_config, limits, progress=lambda _: None, on_ready=lambda: asyncio.sleep(0)
     )
     delays = [supervisor._note_death() for _ in range(2000)]
     assert delays[:5] == [0.5, 1, 2, 4, 8]

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from crosspool.build.start import start_engine
 from crosspool.core.ids import RequestId
-from crosspool.core.info import EngineStats, ModelInfo
+from crosspool.core.info import EngineInfo, EngineStats, ModelInfo
 from crosspool.core.request import EngineOutput, Request
 from crosspool.core.sampling import SamplingParams
 from crosspool.engine.async_engine import AsyncEngine
@@ -35,18 +35,15 @@ class AsyncLLM:
     def __init__(
         self, client: EngineClient, fronts: Iterable[ModelFront], *, generator: random.Random | None = None
     ) -> None:
-        fronts = list(fronts)
         self._client = client
-        self._fronts = Fronts(client.info, fronts)
-        self._threads = {front.model.name: ThreadPoolExecutor(max_workers=1) for front in fronts}
+        self._use(list(fronts))
         self._generator = generator or random.Random()
         self._ids = count()
 
     @classmethod
     async def open(cls, client: EngineClient) -> Self:
         """Over an engine, with the tokenizers and templates of its models' folders."""
-        serving = [model for model in client.info.models if model.error is None]
-        return cls(client, await asyncio.gather(*(asyncio.to_thread(ModelFront.open, m) for m in serving)))
+        return cls(client, await _open_fronts(client.info))
 
     @classmethod
     async def build(cls, models: Models, **options: Any) -> Self:
@@ -57,6 +54,16 @@ class AsyncLLM:
         except BaseException:
             await client.close()
             raise
+
+    async def reopen(self) -> None:
+        """Open tokenizers and templates again: the client's engine was started anew, and its models may have
+        other lengths or other errors. What is being prepared goes on with the old ones."""
+        fronts = await _open_fronts(self._client.info)
+        old_fronts, old_threads = self._fronts, self._threads
+        self._use(fronts)
+        for threads in old_threads.values():
+            threads.shutdown(wait=False)
+        await asyncio.to_thread(old_fronts.close)
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
@@ -132,6 +139,10 @@ class AsyncLLM:
         await asyncio.to_thread(self._fronts.close)
         await self._client.close()
 
+    def _use(self, fronts: Sequence[ModelFront]) -> None:
+        self._fronts = Fronts(self._client.info, fronts)
+        self._threads = {front.model.name: ThreadPoolExecutor(max_workers=1) for front in fronts}
+
     def _submission(
         self, model: str | None, token_ids: tuple[int, ...], params: SamplingParams | None
     ) -> Submission:
@@ -151,6 +162,11 @@ class AsyncLLM:
                 yield delta
         finally:
             await _close(outputs)
+
+
+async def _open_fronts(info: EngineInfo) -> list[ModelFront]:
+    serving = [model for model in info.models if model.error is None]
+    return await asyncio.gather(*(asyncio.to_thread(ModelFront.open, model) for model in serving))
 
 
 async def _close(outputs: AsyncIterator[EngineOutput]) -> None:

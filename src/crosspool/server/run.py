@@ -63,7 +63,6 @@ class _Serving:
         self._progress = progress
         self._on_ready = on_ready
         self._engine = RemoteEngine()
-        self._engine_ready = asyncio.Event()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._supervisor = Supervisor(
@@ -71,7 +70,7 @@ class _Serving:
             engine,
             server.supervision,
             progress=self._note_progress,
-            on_ready=self._note_ready,
+            on_ready=self._open,
             cell_command=cell_command,
         )
         self._state = ServerState(
@@ -88,14 +87,9 @@ class _Serving:
             loop.add_signal_handler(number, self._note_signal)
         web = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         cells = asyncio.create_task(self._supervisor.run())
-        opening = asyncio.create_task(self._open())
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            lasting = {web, cells, stopping}
-            await asyncio.wait({*lasting, opening}, return_when=asyncio.FIRST_COMPLETED)
-            if opening.done():
-                opening.result()
-                await asyncio.wait(lasting, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({web, cells, stopping}, return_when=asyncio.FIRST_COMPLETED)
             for task in (web, cells):
                 if task.done():
                     task.result()
@@ -103,15 +97,19 @@ class _Serving:
         finally:
             self._http.should_exit = True
             await asyncio.gather(web, return_exceptions=True)
-            await self._end_engine(cells, opening, stopping)
+            await self._end_engine(cells, stopping)
         return 0
 
     async def _open(self) -> None:
-        """Open the front when the engine is ready for the first time."""
-        await self._engine_ready.wait()
-        self._state.open_llm = await AsyncLLM.open(self._engine)
-        if self._on_ready is not None:
-            self._on_ready(self._engine.info, self._url())
+        """Open the front, and again for each further engine, which may know its models otherwise."""
+        llm = self._state.open_llm
+        if llm is None:
+            self._state.open_llm = await AsyncLLM.open(self._engine)
+            if self._on_ready is not None:
+                self._on_ready(self._engine.info, self._url())
+        else:
+            await llm.reopen()
+        self._state.metrics.engine_starts.inc()
 
     async def _drain(self) -> None:
         """Let no request in any more, and those that run finish in their time."""
@@ -139,10 +137,6 @@ class _Serving:
         self._state.loading[progress.model] = progress
         if self._progress is not None:
             self._progress(progress)
-
-    def _note_ready(self, info: EngineInfo) -> None:
-        self._state.metrics.engine_starts.inc()
-        self._engine_ready.set()
 
     def _note_signal(self) -> None:
         if self._stop.is_set():

@@ -9,13 +9,13 @@ import signal
 import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 
 from crosspool.core.config import EngineConfig
 from crosspool.core.errors import CrossPoolError, EngineDeadError
-from crosspool.core.info import EngineInfo, LoadProgress
+from crosspool.core.info import LoadProgress
 from crosspool.server import messages
 from crosspool.server.channel import ApiChannel
 from crosspool.server.config import SupervisionConfig
@@ -42,7 +42,8 @@ class EngineState(StrEnum):
 class Supervisor:
     """Owns the cell's process and tells ``engine`` which channel leads to it.
 
-    ``progress`` hears of loading, ``on_ready`` of every cell that becomes ready; both on the event loop.
+    ``progress`` hears of loading. A new engine counts as READY when ``on_ready``, which finds it behind
+    ``engine``, has come to its end. Both run on the event loop.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Supervisor:
         supervision: SupervisionConfig,
         *,
         progress: Callable[[LoadProgress], None],
-        on_ready: Callable[[EngineInfo], None],
+        on_ready: Callable[[], Awaitable[None]],
         cell_command: Sequence[str] = CELL_COMMAND,
     ) -> None:
         self.state = EngineState.LOADING
@@ -132,10 +133,10 @@ class Supervisor:
                     self._progress(progress)
                 case messages.Ready(info):
                     self._signs_of_life += 1
+                    self._engine.attach(channel, info)
+                    await self._on_ready()
                     self._ready_since = time.monotonic()
                     self.state = EngineState.READY
-                    self._engine.attach(channel, info)
-                    self._on_ready(info)
                 case messages.Stats():
                     self._signs_of_life += 1
                     self._engine.deliver(event)
