@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from crosspool.cli.checkpoints import find_checkpoint, split_name
+from crosspool.cli.checkpoints import find_checkpoint
 from crosspool.core.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -23,25 +23,6 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, di
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return calls
-
-
-@pytest.mark.parametrize(
-    ("argument", "name", "place"),
-    [
-        ("models/a", None, "models/a"),
-        ("a=models/a", "a", "models/a"),
-        ("a=b=c", "a", "b=c"),
-        ("=x", "", "x"),
-    ],
-)
-def test_a_name_is_before_the_first_equals_sign(argument: str, name: str | None, place: str) -> None:
-    assert split_name(argument) == (name, place)
-
-
-def test_a_folder_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a=b").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert split_name("a=b") == (None, "a=b")
 
 
 def test_a_folder_is_named_as_its_last_part(tmp_path: Path) -> None:

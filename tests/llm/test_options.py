@@ -5,7 +5,7 @@ import pytest
 from crosspool.core.config import ModelConfig, SchedulerConfig
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
-from crosspool.llm.options import engine_config, model_configs
+from crosspool.llm.options import engine_config, model_configs, split_name
 
 pytestmark = pytest.mark.unit
 
@@ -13,6 +13,25 @@ pytestmark = pytest.mark.unit
 def test_models_as_a_mapping(tmp_path):
     configs = model_configs({"a": tmp_path, "b": "x/y"}, "float32")
     assert configs == (ModelConfig("a", str(tmp_path), "float32"), ModelConfig("b", "x/y", "float32"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "place"),
+    [
+        ("models/a", None, "models/a"),
+        ("a=models/a", "a", "models/a"),
+        ("a=b=c", "a", "b=c"),
+        ("=x", "", "x"),
+    ],
+)
+def test_a_name_is_before_the_first_equals_sign(argument, name, place):
+    assert split_name(argument) == (name, place)
+
+
+def test_a_folder_may_have_an_equals_sign(tmp_path, monkeypatch):
+    (tmp_path / "a=b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert split_name("a=b") == (None, "a=b")
 
 
 def test_models_as_a_list(tmp_path, monkeypatch):

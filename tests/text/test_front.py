@@ -151,7 +151,6 @@ def test_a_template_that_renders_nothing(tmp_path):
 
 def test_without_a_chat_template(tmp_path):
     front = ModelFront.open(model_info(path=str(save(byte_level(), tmp_path))))
-    assert not front.has_chat_template
     with pytest.raises(InvalidRequestError, match="use /v1/completions"):
         front.chat_tokens([{"role": "user", "content": "x"}])
 
@@ -182,7 +181,8 @@ def test_a_bad_template_leaves_the_tokenizer(tmp_path, caplog):
     front = ModelFront.open(model_info(path=str(tmp_path)))
     assert "chat_template" in caplog.text
     assert front.prompt_tokens("the")
-    assert not front.has_chat_template
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        front.chat_tokens([{"role": "user", "content": "x"}])
 
 
 # -- requests -------------------------------------------------------------------------------------------

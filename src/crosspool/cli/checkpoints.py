@@ -12,12 +12,6 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "vocab.tx
 """What is taken from the hub: weights as safetensors, configs, tokenizers. Never pickles, never code."""
 
 
-def split_name(argument: str) -> tuple[str | None, str]:
-    """``name=place`` as (name, place). The name is None if there is none, or if all of it is a folder."""
-    name, equals, place = argument.partition("=")
-    return (name, place) if equals and not Path(argument).is_dir() else (None, argument)
-
-
 def find_checkpoint(place: str, base: Path) -> tuple[str, Path]:
     """The default name and the folder of a checkpoint.
 

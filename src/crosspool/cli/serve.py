@@ -102,9 +102,9 @@ def _pools(
 
 def _entries(places: list[str], demo: bool, demo_dir: Path | None) -> tuple[ModelEntry, ...]:
     """The models named on the command line, and those of the demo zoo."""
-    from crosspool.cli.checkpoints import split_name
     from crosspool.cli.demo import ensure_zoo
     from crosspool.cli.settings import ModelEntry
+    from crosspool.llm.options import split_name
 
     entries = [ModelEntry(place=place, base=Path.cwd(), name=name) for name, place in map(split_name, places)]
     if demo:

@@ -53,8 +53,12 @@ def model_configs(models: Models, dtype: str = "auto") -> tuple[ModelConfig, ...
     return tuple(model if isinstance(model, ModelConfig) else _named(model, dtype) for model in models)
 
 
+def split_name(argument: str) -> tuple[str | None, str]:
+    """``name=place`` as (name, place). The name is None if there is none, or if all of it is a folder."""
+    name, equals, place = argument.partition("=")
+    return (name, place) if equals and not Path(argument).is_dir() else (None, argument)
+
+
 def _named(model: Folder, dtype: str) -> ModelConfig:
-    name, equals, folder = fspath(model).partition("=")
-    if equals and not Path(model).is_dir():
-        return ModelConfig(name, folder, dtype)
-    return ModelConfig(Path(model).resolve().name, fspath(model), dtype)
+    name, folder = split_name(fspath(model))
+    return ModelConfig(Path(folder).resolve().name if name is None else name, folder, dtype)

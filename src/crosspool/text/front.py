@@ -70,10 +70,6 @@ class ModelFront:
             logger.warning("model %s: %s", model.name, error)
         return cls(model, tokenizer, template)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def close(self) -> None:
         if self._template is not None:
             self._template.close()
