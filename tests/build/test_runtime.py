@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -253,6 +254,18 @@ def broken(kind: str, source: Path, folder: Path) -> Path:
     elif kind == "another width":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 51}))
+    elif kind == "absurd width":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**31 - 1}))
+    elif kind == "more heads than width":
+        config = json.loads((folder / "config.json").read_text())
+        del config["head_dim"]
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 1}))
+    elif kind == "no number":
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(
+            re.sub(r'"rms_norm_eps": [^,]*', f'"rms_norm_eps": 1{"0" * 400}', text)
+        )
     return folder
 
 
@@ -263,6 +276,9 @@ def broken(kind: str, source: Path, folder: Path) -> Path:
         ("no architectures", "names no architectures"),
         ("truncated", "model.safetensors"),
         ("another width", "mlp.gate_proj.weight has shape"),
+        ("more heads than width", "leaves"),
+        ("absurd width", "mlp.gate_proj.weight has shape"),
+        ("no number", "rms_norm_eps must be a number above 0"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_fails_alone(build, folders, expected, tmp_path, caplog, kind, reason):

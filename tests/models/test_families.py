@@ -57,11 +57,7 @@ def saved_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def asked_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     names = FAMILIES[spec.architecture].names
-    slots = list(weight_names.model_slots(spec).values())
-    for layer in range(spec.num_layers):
-        slots += weight_names.norm_slots(spec, layer).values()
-        slots += weight_names.attention_slots(spec, layer).values()
-        slots += weight_names.ffn_slots(spec, names, layer).all()
+    slots = weight_names.all_slots(spec, names)
     return {slot.name: slot.shape for slot in slots}
 
 

@@ -22,7 +22,7 @@ from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Topology
 from crosspool.engine.engine import Engine
 from crosspool.models.checkpoint import Checkpoint
-from crosspool.models.loader import load_attention_side, load_ffn
+from crosspool.models.loader import check_tensors, load_attention_side, load_ffn
 from crosspool.models.moe_decoder import AttentionSide, shard_ffn
 from crosspool.models.registry import read_spec
 from crosspool.pools.ffn import FfnPool
@@ -94,14 +94,29 @@ def _open_models(config: EngineConfig, errors: dict[ModelIndex, str], report: Pr
     for number, model in enumerate(config.models):
         index = ModelIndex(number)
         try:
-            spec = read_spec(model.path, model.dtype)
-            sources.append(_Source(index, model, spec, Checkpoint(model.path)))
-        except CrossPoolError as error:
-            errors[index] = str(error)
-            _log.warning("model %s could not be loaded: %s", model.name, error)
-            report(LoadProgress(model.name, 0, 0, _shown(str(error), model)))
+            sources.append(_open_model(index, model))
+        except Exception as error:
+            errors[index] = _reason(model, error)
+            _log.warning("model %s could not be loaded: %s", model.name, errors[index])
+            report(LoadProgress(model.name, 0, 0, _shown(errors[index], model)))
     _require_any(config, sources, errors)
     return sources
+
+
+def _open_model(index: ModelIndex, model: ModelConfig) -> _Source:
+    """Config and headers are held against each other before any pool is sized by them."""
+    spec = read_spec(model.path, model.dtype)
+    checkpoint = Checkpoint(model.path)
+    check_tensors(spec, checkpoint)
+    return _Source(index, model, spec, checkpoint)
+
+
+def _reason(model: ModelConfig, error: Exception) -> str:
+    """Why a model does not load. An error that nobody meant is logged with its traceback."""
+    if isinstance(error, CrossPoolError):
+        return str(error)
+    _log.error("model %s: loading failed", model.name, exc_info=error)
+    return f"loading failed: {type(error).__name__}: {error}"
 
 
 def _require_any(config: EngineConfig, loaded: Collection[object], errors: Mapping[ModelIndex, str]) -> None:
@@ -157,10 +172,7 @@ class _Loader:
                 self._report(LoadProgress(name, done, total))
         except Exception as error:
             self._unload(source.index)
-            if isinstance(error, CrossPoolError):
-                return self._failed(source, total, str(error))
-            _log.exception("model %s: loading failed", name)
-            return self._failed(source, total, f"loading failed: {type(error).__name__}: {error}")
+            return self._failed(source, total, _reason(source.config, error))
         self.ffn_pool.finish_load(source.index, source.config.pinned)
         self.specs[source.index] = spec
         self.layouts.append(layout)

@@ -57,6 +57,13 @@ class Checkpoint:
     def tensor(self, slot: TensorSlot, dtype: torch.dtype) -> Tensor:
         """The tensor of a slot in ``dtype``: a view of the mapped file if it is stored so, else a copy.
 
+        Raises what ``check`` raises.
+        """
+        return self._opened[self.check(slot)].get_tensor(slot.name).to(dtype)
+
+    def check(self, slot: TensorSlot) -> str:
+        """The name of the file that holds this slot's tensor, by its header alone.
+
         Raises MissingTensorError, or TensorShapeError for another shape or for a dtype that is not float32,
         bfloat16 or float16.
         """
@@ -73,7 +80,7 @@ class Checkpoint:
                 f"{self.folder / file}: {slot.name} is stored as {stored.get_dtype()}, "
                 f"only {', '.join(STORED_DTYPES)} are read"
             )
-        return self._opened[file].get_tensor(slot.name).to(dtype)
+        return file
 
     def stored_as(self, slot: TensorSlot, dtype: torch.dtype) -> bool:
         """Whether ``tensor`` would return a view of the mapped file."""

@@ -18,7 +18,16 @@ from crosspool.models.weights import (
     torch_dtype,
 )
 
-__all__ = ["Checkpoint", "load_attention_side", "load_ffn"]
+__all__ = ["Checkpoint", "check_tensors", "load_attention_side", "load_ffn"]
+
+
+def check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Hold every tensor's header against the spec; no data is read.
+
+    Raises MissingTensorError or TensorShapeError naming file and tensor.
+    """
+    for slot in weight_names.all_slots(spec, registry.family(spec.architecture).names):
+        checkpoint.check(slot)
 
 
 def load_attention_side(spec: ModelSpec, checkpoint: Checkpoint) -> AttentionSideWeights:

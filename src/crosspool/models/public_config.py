@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_SIZE = 2**31 - 1
 MAX_COUNT = 1 << 16
 """The most layers, heads or experts that are believed."""
+MAX_NUMBER = 1e30
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -67,15 +67,16 @@ class PublicConfig:
         return None if self.get(*names) is None else self.size(*names, low=low)
 
     def number(self, name: str) -> float:
-        """A finite number above 0."""
+        """A finite number above 0, at most MAX_NUMBER."""
         return self.number_in(self.get(name), name)
 
     def number_in(self, value: object, name: str) -> float:
         """As ``number``, for a value found inside a nested field."""
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            number = float(value)
-            if isfinite(number) and number > 0:
-                return number
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.wrong(name, value, "a number above 0")
+        # Compared before it is converted: an integer of any length may stand in a JSON file.
+        if 0 < value <= MAX_NUMBER:
+            return float(value)
         raise self.wrong(name, value, "a number above 0")
 
     def flag(self, name: str) -> bool:

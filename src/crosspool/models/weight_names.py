@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crosspool.core.spec import FfnSpec, GqaSpec, MlaSpec, ModelSpec
@@ -60,6 +61,15 @@ class FfnSlots:
         single = tuple(slot for slot in (self.router, self.selection_bias) if slot is not None)
         experts = self.experts if self.shared is None else (*self.experts, self.shared)
         return single + tuple(slot for expert in experts for slot in expert.all())
+
+
+def all_slots(spec: ModelSpec, names: WeightNames) -> Iterator[TensorSlot]:
+    """Every tensor of a model."""
+    yield from model_slots(spec).values()
+    for layer in range(spec.num_layers):
+        yield from norm_slots(spec, layer).values()
+        yield from attention_slots(spec, layer).values()
+        yield from ffn_slots(spec, names, layer).all()
 
 
 def model_slots(spec: ModelSpec) -> dict[str, TensorSlot]:

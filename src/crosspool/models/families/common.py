@@ -72,6 +72,10 @@ def gqa(
     heads = config.count("num_attention_heads")
     kv_heads = config.optional_size("num_key_value_heads") or heads
     head_dim = config.optional_size("head_dim") or config.size("hidden_size") // heads
+    if head_dim == 0:
+        raise config.unsupported(
+            f"a hidden size of {config.size('hidden_size')} leaves {heads} heads nothing"
+        )
     if heads % kv_heads:
         raise config.unsupported(f"{heads} attention heads cannot share {kv_heads} key-value heads evenly")
     spec = GqaSpec(
