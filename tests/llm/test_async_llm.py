@@ -225,3 +225,18 @@ async def test_the_fronts_follow_an_engine_that_was_started_again(make, folder):
     with pytest.raises(RequestTooLargeError):
         await llm.prepare([5], SamplingParams(max_tokens=6), model="b")
     assert len(await everything(llm.generate("d", SamplingParams(max_tokens=3), model="b"))) > 0
+
+
+async def test_what_is_being_prepared_when_the_fronts_are_reopened_leaves_no_process(make, monkeypatch):
+    llm = await make()
+    front, (threads,) = llm.front("a"), llm._threads.values()
+    go_on = threading.Event()
+    monkeypatch.setattr(front, "prompt_tokens", lambda prompt: go_on.wait() and (5,))
+    first = asyncio.create_task(llm.prepare("dog"))
+    second = asyncio.create_task(llm.prepare_chat([{"role": "user", "content": "dog"}]))
+    await asyncio.sleep(0)
+    await llm.reopen()
+    go_on.set()
+    await asyncio.gather(first, second)
+    await asyncio.to_thread(threads.shutdown)
+    assert front._template._process._process is None

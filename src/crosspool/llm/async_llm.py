@@ -61,9 +61,10 @@ class AsyncLLM:
         fronts = await _open_fronts(self._client.info)
         old_fronts, old_threads = self._fronts, self._threads
         self._use(fronts)
-        for threads in old_threads.values():
+        for name, threads in old_threads.items():
+            # After what is being prepared: a template's process would be started again for it.
+            threads.submit(old_fronts.get(name).close)
             threads.shutdown(wait=False)
-        await asyncio.to_thread(old_fronts.close)
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
