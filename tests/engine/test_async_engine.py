@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -19,12 +20,16 @@ pytestmark = pytest.mark.unit
 SPEC = gqa_spec(layers=4)
 
 
-def world_of() -> World:
-    """An engine whose executor's ``wait`` can be ended by ``wake``, as the protocol says."""
+def world_of(pause: float = 0.0) -> World:
+    """An engine whose executor's ``wait`` can be ended by ``wake``, as the protocol says.
+
+    Simulated time is fast: with a ``pause`` (seconds) for each layer task, others get their turn meanwhile.
+    """
     world = make_world([SPEC], page_bytes=16 * SPEC.kv_bytes_per_token, pages=40)
     woken = threading.Event()
 
     def wait(timeout: float) -> None:
+        time.sleep(pause)
         if not world.executor.advance():
             woken.wait(timeout)
             woken.clear()
@@ -53,7 +58,7 @@ async def test_streams_are_separate_and_complete() -> None:
 
 
 async def test_closing_a_stream_early_aborts() -> None:
-    world = world_of()
+    world = world_of(pause=0.001)
     engine = AsyncEngine(world.engine)
     stream = engine.generate(make_request(0, (1, 2), 500))
     await anext(stream)
@@ -65,7 +70,7 @@ async def test_closing_a_stream_early_aborts() -> None:
 
 
 async def test_finish_ends_the_stream_with_stop() -> None:
-    engine = AsyncEngine(world_of().engine)
+    engine = AsyncEngine(world_of(pause=0.001).engine)
     outputs = []
     async for output in engine.generate(make_request(0, (1, 2), 500)):
         outputs.append(output)

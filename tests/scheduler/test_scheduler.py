@@ -143,7 +143,7 @@ def test_who_stalls_for_pages_goes_on_when_they_are_free() -> None:
     world = make_world([slow, SPEC], page_bytes=PAGE, pages=4, scheduler=small_steps(decode_steps=1))
     world.add(make_request(0, tuple(range(33)), 31, model=0))
     world.add(make_request(1, tuple(range(8)), 50, model=1))
-    while not world.engine._scheduler._stalled:
+    while not world.engine._scheduler._running._stalled:
         world.step()
         assert world.executor.advance(), "nobody ever stalled"
     assert world.state(RequestId(1)) is State.DECODING

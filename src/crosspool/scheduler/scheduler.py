@@ -21,6 +21,7 @@ from crosspool.pools.kv import KvPool
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.batching import choose_chunks, choose_decodes, decode_row, phase_of, prefill_row
 from crosspool.scheduler.pipeline import Pipeline, Times
+from crosspool.scheduler.running import RunningSequences
 from crosspool.scheduler.sequence import Sequence, State
 
 Lane = tuple[ModelIndex, KvDevice, Phase]
@@ -49,8 +50,7 @@ class Scheduler:
         self._most_lanes = lanes
         self._admission = Admission(pool, max_waiting=config.max_waiting, max_running=config.max_running)
         self._sequences: dict[RequestId, Sequence] = {}
-        self._running: dict[RequestId, Sequence] = {}
-        self._stalled: dict[RequestId, int] = {}
+        self._running = RunningSequences(pool, self._preempted)
         self._grants: dict[GrantId, Grant] = {}
         self._in_lane: Counter[Lane] = Counter()
         self._ids = count()
@@ -87,7 +87,7 @@ class Scheduler:
         return self._admission.waiting(model)
 
     def running(self, model: ModelIndex) -> int:
-        return sum(1 for sequence in self._running.values() if sequence.request.model == model)
+        return sum(1 for sequence in self._running if sequence.request.model == model)
 
     def __len__(self) -> int:
         """Sequences that have not given back everything."""
@@ -101,9 +101,9 @@ class Scheduler:
 
     def schedule(self, now: Nanoseconds) -> list[Grant]:
         """Every micro-batch that can be put in flight now. Its pages are held before it is returned."""
-        self._serve_stalled()
-        for sequence in self._admission.admit(self._running.values(), now):
-            self._running[sequence.request.id] = sequence
+        self._running.serve_stalled()
+        for sequence in self._admission.admit(self._running, now):
+            self._running.add(sequence)
         grants: list[Grant] = []
         limit = self._lane_limit()
         for lane, sequences in sorted(self._idle_by_lane().items(), key=lambda item: item[0]):
@@ -114,18 +114,9 @@ class Scheduler:
                 grants.append(grant)
         return grants
 
-    def _serve_stalled(self) -> None:
-        """Those who wait for pages come first, in deadline order, whatever else their model has in flight."""
-        if not self._stalled:
-            return
-        for sequence in sorted((self._sequences[r] for r in self._stalled), key=lambda s: s.order):
-            tokens = self._stalled.get(sequence.request.id)
-            if tokens is not None and self._secure(sequence, tokens):
-                self._stalled.pop(sequence.request.id, None)
-
     def _idle_by_lane(self) -> dict[Lane, list[Sequence]]:
         idle: dict[Lane, list[Sequence]] = {}
-        for sequence in self._running.values():
+        for sequence in self._running:
             if sequence.grant is None:
                 table = sequence.table
                 assert table is not None
@@ -136,13 +127,13 @@ class Scheduler:
     def _lane_limit(self) -> int:
         """Micro-batches of one phase per model and device. A lone model on two devices splits its work in
         two, so that neither side idles."""
-        if self._most_lanes == 1 or len({s.request.model for s in self._running.values()}) > 1:
+        if self._most_lanes == 1 or len({s.request.model for s in self._running}) > 1:
             return 1
         return self._most_lanes
 
     def _form(self, lane: Lane, sequences: list[Sequence], limit: int) -> Grant | None:
         """One micro-batch of this lane's idle sequences, or None if there is none or no page for it."""
-        ready = [s for s in sequences if s.idle and s.table is not None and s.request.id not in self._stalled]
+        ready = [s for s in sequences if s.idle and s.table is not None and not self._running.is_stalled(s)]
         if not ready:
             return None
         if lane[2] is Phase.DECODE:
@@ -155,7 +146,7 @@ class Scheduler:
             most = min(most, max(1, -(-len(ready) // (limit - self._in_lane[lane]))))
         members: list[tuple[Sequence, int]] = []
         for sequence in choose_decodes(ready, most):
-            steps = self._secure_steps(sequence)
+            steps = self._hold_steps(sequence)
             if steps:
                 members.append((sequence, steps))
         members = [(s, steps) for s, steps in members if s.table is not None and s.state is State.DECODING]
@@ -167,7 +158,7 @@ class Scheduler:
 
     def _form_prefill(self, lane: Lane, ready: list[Sequence]) -> Grant | None:
         chunks = choose_chunks(ready, partial(self._pipeline.chunk_fits, lane[0]), self._config)
-        chunks = [(s, tokens) for s, tokens in chunks if self._secure_or_stall(s, s.computed + tokens)]
+        chunks = [(s, tokens) for s, tokens in chunks if self._running.hold(s, s.computed + tokens)]
         chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
         if not chunks:
             return None
@@ -204,56 +195,18 @@ class Scheduler:
 
     # -- pages ----------------------------------------------------------------------------------------
 
-    def _secure_steps(self, sequence: Sequence) -> int:
+    def _hold_steps(self, sequence: Sequence) -> int:
         """Decode steps for which the sequence holds pages: as configured, fewer, or 0 (stalled)."""
         wanted = min(self._config.decode_steps, sequence.remaining)
-        if sequence.table is not None and self._pool.grow(sequence.table, sequence.known + wanted - 1):
+        if self._running.hold_if_free(sequence, sequence.known + wanted - 1):
             return wanted
-        if not self._secure_or_stall(sequence, sequence.known):
+        if not self._running.hold(sequence, sequence.known):
             return 0
         assert sequence.table is not None
         return min(wanted, sequence.table.tokens - sequence.known + 1)
 
-    def _secure_or_stall(self, sequence: Sequence, tokens: int) -> bool:
-        """Hold pages for ``tokens`` tokens; if that cannot be now, the sequence is served first next time.
-
-        False also for a sequence that an earlier member of the same micro-batch has just preempted.
-        """
-        if sequence.table is None:
-            return False
-        if self._secure(sequence, tokens):
-            return True
-        self._stalled[sequence.request.id] = tokens
-        return False
-
-    def _secure(self, sequence: Sequence, tokens: int) -> bool:
-        """Hold pages for ``tokens`` tokens, preempting the latest deadlines if the pool is short."""
-        assert sequence.table is not None
-        while not self._pool.grow(sequence.table, tokens):
-            victim = self._latest_after(sequence)
-            if victim is None:
-                return False
-            self._preempt(victim)
-        return True
-
-    def _latest_after(self, sequence: Sequence) -> Sequence | None:
-        """The sequence of latest deadline that holds pages there, is not in flight, and is due later."""
-        assert sequence.table is not None
-        device = sequence.table.device
-        later = (
-            other
-            for other in self._running.values()
-            if other.idle
-            and other.order > sequence.order
-            and other.table is not None
-            and other.table.device == device
-            and other.table.pages
-        )
-        return max(later, key=lambda s: s.order, default=None)
-
-    def _preempt(self, victim: Sequence) -> None:
-        """Take all its pages; it goes back to its line and recomputes them. Its output does not change."""
-        self._give_back(victim)
+    def _preempted(self, victim: Sequence) -> None:
+        """It has lost its pages, goes back to its line, and will compute its known tokens again."""
         victim.computed = 0
         victim.preemptions += 1
         self.preemptions[victim.request.model] += 1
@@ -309,16 +262,9 @@ class Scheduler:
         self._pool.trim(sequence.table, sequence.computed)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._give_back(sequence)
+        self._running.give_back(sequence)
         sequence.move(State.FINISHED)
         del self._sequences[sequence.request.id]
-
-    def _give_back(self, sequence: Sequence) -> None:
-        if sequence.table is not None:
-            self._pool.release(sequence.table)
-            sequence.table = None
-        self._running.pop(sequence.request.id, None)
-        self._stalled.pop(sequence.request.id, None)
 
     def check(self) -> None:
         """Raise InvariantError unless pages, tables and states agree. For tests and for idle moments."""
@@ -327,7 +273,7 @@ class Scheduler:
             holds = sequence.table is not None
             if holds == (sequence.state in (State.WAITING, State.FINISHED)):
                 raise InvariantError(f"request {sequence.request.id} is {sequence.state}, pages: {holds}")
-            if holds != (sequence.request.id in self._running):
+            if holds != (sequence in self._running):
                 raise InvariantError(f"request {sequence.request.id} runs without pages, or the reverse")
         if not self._sequences and self._pool.free != self._pool.total:
             raise InvariantError(f"nobody runs, but {self._pool.total - self._pool.free} pages are held")

@@ -1,0 +1,91 @@
+"""The sequences that hold pages: they grow, stall for want of a page, and preempt who is due later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from crosspool.core.ids import RequestId
+from crosspool.pools.kv import KvPool
+from crosspool.scheduler.sequence import Sequence
+
+
+class RunningSequences:
+    """Every sequence with a page table. ``preempted`` is told of each that has lost its pages to another."""
+
+    def __init__(self, pool: KvPool, preempted: Callable[[Sequence], None]) -> None:
+        self._pool = pool
+        self._preempted = preempted
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._stalled: dict[RequestId, int] = {}
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences.values())
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.request.id in self._sequences
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence that has just been given its table."""
+        self._sequences[sequence.request.id] = sequence
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Free all that a sequence holds, if it holds anything."""
+        if sequence.table is not None:
+            self._pool.release(sequence.table)
+            sequence.table = None
+        self._sequences.pop(sequence.request.id, None)
+        self._stalled.pop(sequence.request.id, None)
+
+    def is_stalled(self, sequence: Sequence) -> bool:
+        return sequence.request.id in self._stalled
+
+    def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
+        """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""
+        return sequence.table is not None and self._pool.grow(sequence.table, tokens)
+
+    def hold(self, sequence: Sequence, tokens: int) -> bool:
+        """Hold pages for ``tokens`` tokens, preempting the latest deadlines if the pool is short.
+
+        A sequence for which there are none now stalls, and is served first next time. False also for one
+        that an earlier member of the same micro-batch has just preempted.
+        """
+        if sequence.table is None:
+            return False
+        if self._secure(sequence, tokens):
+            return True
+        self._stalled[sequence.request.id] = tokens
+        return False
+
+    def serve_stalled(self) -> None:
+        """Those who wait for pages, in deadline order, whatever else their model has in flight."""
+        if not self._stalled:
+            return
+        for sequence in sorted((self._sequences[r] for r in self._stalled), key=lambda s: s.order):
+            tokens = self._stalled.get(sequence.request.id)
+            if tokens is not None and self._secure(sequence, tokens):
+                self._stalled.pop(sequence.request.id, None)
+
+    def _secure(self, sequence: Sequence, tokens: int) -> bool:
+        assert sequence.table is not None
+        while not self._pool.grow(sequence.table, tokens):
+            victim = self._latest_after(sequence)
+            if victim is None:
+                return False
+            self.give_back(victim)
+            self._preempted(victim)
+        return True
+
+    def _latest_after(self, sequence: Sequence) -> Sequence | None:
+        """The sequence of latest deadline that holds pages there, is not in flight, and is due later."""
+        assert sequence.table is not None
+        device = sequence.table.device
+        later = (
+            other
+            for other in self._sequences.values()
+            if other.idle
+            and other.order > sequence.order
+            and other.table is not None
+            and other.table.device == device
+            and other.table.pages
+        )
+        return max(later, key=lambda s: s.order, default=None)
