@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
@@ -65,6 +66,22 @@ async def test_the_whole_request_has_a_limit(start_application) -> None:
     assert response.status_code == 503
     assert "longer than 0.5 s" in response.json()["error"]["message"]
     await all_pages_free(application)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+async def test_the_preparing_of_a_prompt_has_a_limit(
+    start_application, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    application = await start_application(patient(first_token_timeout=0.2))
+    go_on = threading.Event()
+    front = application.state.llm.front("tiny")
+    for method in ("prompt_tokens", "tokenize"):
+        monkeypatch.setattr(front, method, lambda *_, **__: go_on.wait(30) and (5,))
+    response = await application.post(path, model="tiny", prompt="a")
+    go_on.set()
+    assert response.status_code == 503
+    assert "could not be prepared within 0.2 s" in response.json()["error"]["message"]
+    assert "Retry-After" in response.headers
 
 
 async def test_an_aborted_choice_is_not_counted_as_served(application) -> None:

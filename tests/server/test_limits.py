@@ -108,21 +108,58 @@ async def test_a_client_that_leaves_while_it_sends_its_body_is_forgotten() -> No
     assert (admission.requests, admission.bytes) == (0, 0)
 
 
-async def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosspool.server.limits.GRACE", 0.1)
-    limits = LimitsConfig(total_timeout=0.1)
-    admission = Admission(limits)
-
-    async def app(scope: dict, receive: object, send: object) -> None:
-        await asyncio.sleep(600)
+async def through_the_gate(app: object, limits: LimitsConfig, method: str = "POST") -> list[dict]:
+    """What is sent to a client, with nothing left in progress."""
+    admission, sent = Admission(limits), []
 
     async def receive() -> dict:
         return {"type": "http.request", "body": b"", "more_body": False}
 
+    async def send(message: dict) -> None:
+        sent.append(message)
+
     gate = GateMiddleware(app, admission, limits, lambda _: None)
-    async with asyncio.timeout(30):
-        await gate({"type": "http", "method": "POST", "headers": []}, receive, None)
-    assert admission.requests == 0
+    try:
+        async with asyncio.timeout(30):
+            await gate({"type": "http", "method": method, "headers": []}, receive, send)
+    finally:
+        assert admission.requests == 0
+    return sent
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_client_that_does_not_read_its_answer_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("crosspool.server.limits.GRACE", 0.1)
+    start = {"type": "http.response.start", "status": 200, "headers": []}
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        await send(start)
+        await asyncio.sleep(600)
+
+    assert await through_the_gate(app, LimitsConfig(total_timeout=0.1), method) == [start]
+
+
+async def test_a_request_without_an_answer_in_time_is_told_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("crosspool.server.limits.GRACE", 0.1)
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        await asyncio.sleep(600)
+
+    start, body = await through_the_gate(app, LimitsConfig(total_timeout=0.1))
+    assert start["status"] == 503
+    assert b"longer than 0.1 s" in body["body"]
+
+
+async def test_a_timeout_of_the_applications_own_is_not_taken_for_the_limit() -> None:
+    async def app(scope: object, receive: object, send: object) -> None:
+        raise TimeoutError("of its own")
+
+    with pytest.raises(TimeoutError, match="of its own"):
+        await through_the_gate(app, LimitsConfig())
 
 
 def test_an_error_in_a_request_gives_back_what_it_held() -> None:

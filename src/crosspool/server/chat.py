@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from uuid import uuid4
@@ -30,8 +31,8 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        arrival = time.monotonic()
-        submission = await generation.unless_disconnected(request, _prepare(state, body))
+        arrival = asyncio.get_running_loop().time()
+        submission = await generation.prepared(state, request, _prepare(state, body))
         deltas = generation.run(state, [submission], arrival)
         if body.stream:
             first = await generation.begin(request, deltas)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -40,6 +39,22 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
+async def prepared(state: ServerState, request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work`` on a request's text.
+
+    Raises OverloadedError if it takes too long, ClientDisconnect, and what ``work`` raises.
+    """
+    limits = state.config.limits
+    patience = min(limits.first_token_timeout, limits.total_timeout)
+    try:
+        async with asyncio.timeout(patience) as limit:
+            return await unless_disconnected(request, work)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise OverloadedError(f"the prompt could not be prepared within {patience:g} s") from None
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -48,7 +63,7 @@ async def _disconnected(request: Request) -> None:
 async def run(
     state: ServerState, submissions: Sequence[Submission], arrival: float
 ) -> AsyncGenerator[TextDelta, None]:
-    """The deltas of all choices, timed for /metrics.
+    """The deltas of all choices, timed for /metrics. ``arrival`` is by the clock of the event loop.
 
     Raises OverloadedError when a time limit is passed, CrossPoolError when the engine fails on a request, and
     what AsyncLLM.stream raises.
@@ -59,13 +74,13 @@ async def run(
         for submission in submissions
         for _ in submission.requests
     ]
-    deltas = _limited(state.llm.stream(*submissions), state.config.limits)
+    deltas = _limited(state.llm.stream(*submissions), state.config.limits, arrival)
     async with aclosing(deltas):
         async for delta in deltas:
             if delta.finish_reason is FinishReason.ERROR:
                 logger.error("the engine failed on a request: %s", delta.error)
                 raise CrossPoolError("the engine failed on this request")
-            now = time.monotonic()
+            now = asyncio.get_running_loop().time()
             if delta.token_ids:
                 timers[delta.index].delivered(now)
             if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -74,20 +89,22 @@ async def run(
 
 
 async def _limited(
-    deltas: AsyncGenerator[TextDelta, None], limits: LimitsConfig
+    deltas: AsyncGenerator[TextDelta, None], limits: LimitsConfig, arrival: float
 ) -> AsyncGenerator[TextDelta, None]:
     """The same deltas, or OverloadedError if they do not come in time."""
     clock = asyncio.get_running_loop().time
-    end = clock() + limits.total_timeout
+    end = arrival + limits.total_timeout
     patience, what = limits.first_token_timeout, "first token"
     async with aclosing(deltas):
         while True:
             try:
-                async with asyncio.timeout_at(min(end, clock() + patience)):
+                async with asyncio.timeout_at(min(end, clock() + patience)) as limit:
                     delta = await anext(deltas)
             except StopAsyncIteration:
                 return
             except TimeoutError:
+                if not limit.expired():
+                    raise
                 if clock() >= end:
                     raise OverloadedError(
                         f"the request took longer than {limits.total_timeout:g} s"

@@ -74,7 +74,7 @@ class Admitted:
 
 
 class GateMiddleware:
-    """Lets POST requests through the gate with their body read whole; the rest passes by.
+    """Lets POST requests through the gate with their body read whole. Every request has an end.
 
     ``refused`` is told the reason of each refusal.
     """
@@ -88,10 +88,10 @@ class GateMiddleware:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
         try:
+            if scope["method"] != "POST":
+                await self._run(scope, receive, send)
+                return
             with self._admission.request() as admitted:
                 body = await self._read_body(scope, receive, admitted)
                 if body is not None:
@@ -123,10 +123,23 @@ class GateMiddleware:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, with an end even where the client does not read its answer."""
+        answering = False
+
+        async def note_and_send(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
         try:
-            async with asyncio.timeout(self._limits.total_timeout + GRACE):
-                await self._app(scope, receive, send)
+            async with asyncio.timeout(self._limits.total_timeout + GRACE) as limit:
+                await self._app(scope, receive, note_and_send)
         except TimeoutError:
+            if not limit.expired():
+                raise
+            if not answering:
+                raise OverloadedError(
+                    f"the request took longer than {self._limits.total_timeout:g} s"
+                ) from None
             logger.warning("a client did not read its answer in time; its connection is closed")
 
 

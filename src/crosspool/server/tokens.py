@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from crosspool.core.errors import InvalidRequestError
+from crosspool.server import generation
 from crosspool.server.openai_requests import DetokenizeRequest, TokenizeRequest
 from crosspool.server.openai_responses import Detokenized, Tokenized, json_response
 from crosspool.server.state import ServerState
@@ -18,14 +17,14 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/tokenize", response_model=Tokenized)
-    async def tokenize(body: TokenizeRequest) -> Response:
-        front = state.llm.front(body.model)
-        return json_response(await asyncio.to_thread(_tokenized, front, body))
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        work = state.llm.with_front(body.model, lambda front: _tokenized(front, body))
+        return json_response(await generation.prepared(state, request, work))
 
     @routes.post("/detokenize", response_model=Detokenized)
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        front = state.llm.front(body.model)
-        return json_response(Detokenized(prompt=await asyncio.to_thread(front.detokenize, body.tokens)))
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        work = state.llm.with_front(body.model, lambda front: front.detokenize(body.tokens))
+        return json_response(Detokenized(prompt=await generation.prepared(state, request, work)))
 
     return routes
 
