@@ -21,7 +21,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 import helpers_fake_engine
-from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig
+from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.server.config import LimitsConfig, ServerConfig, SupervisionConfig
 from crosspool.server.run import serve
 
@@ -72,6 +72,7 @@ def running_server(
     cell_command: Sequence[str] = FAKE_CELL,
     server: Mapping[str, Any] | None = None,
     pools: Mapping[str, int] | None = None,
+    scheduler: Mapping[str, int] | None = None,
     url: str | None = None,
 ) -> Iterator[RunningServer]:
     """A server of these models, from ready to killed. With ``url`` it is not waited for."""
@@ -80,6 +81,7 @@ def running_server(
         "cell_command": list(cell_command),
         "server": {"port": 0, **(server or {})},
         "pools": pools or {},
+        "scheduler": scheduler or {},
     }
     command = [sys.executable, __file__, json.dumps(description)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -100,6 +102,7 @@ def main(description: dict[str, Any]) -> int:
     engine = EngineConfig(
         models=tuple(ModelConfig(name, path) for name, path in description["models"].items()),
         pools=PoolConfig(**description["pools"]),
+        scheduler=SchedulerConfig(**description["scheduler"]),
     )
     return serve(
         engine,

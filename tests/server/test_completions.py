@@ -113,6 +113,7 @@ async def test_half_a_character_is_never_sent(application) -> None:
         ({"prompt": [VOCAB_SIZE]}, "prompt", str(VOCAB_SIZE)),
         ({"prompt": [-1]}, "prompt", "-1"),
         ({"prompt": ["a"] * 129}, "prompt", "at most 128"),
+        ({"prompt": ["a"] * 33, "n": 8}, "n", "264 choices, at most 256"),
         ({"echo": True}, "echo", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),

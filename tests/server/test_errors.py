@@ -62,10 +62,10 @@ async def test_unknown_routes_and_methods_answer_in_the_same_shape(
 async def test_a_bug_tells_clients_nothing_of_the_inside(
     application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: object) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(application.state.open_llm, "front", broken)
+    monkeypatch.setattr(application.state.open_llm, "with_front", broken)
     response = await application.post("/tokenize", model="tiny", prompt="a")
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "internal error"

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from contextlib import aclosing
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import ClientDisconnect, Request
 
+from crosspool.core.sampling import SamplingParams
 from crosspool.server import generation
 from crosspool.server.config import LimitsConfig, ServerConfig
 from helpers_polling import wait_until
@@ -58,6 +62,38 @@ async def test_the_next_token_is_not_waited_for_for_ever(start_application) -> N
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "ab"
     assert "next token" in last["error"]["message"]
     await all_pages_free(application)
+
+
+async def test_a_choice_that_still_waits_has_the_time_for_its_first_token(start_application) -> None:
+    """One choice pauses after two tokens; the other, still in the queue, lets it go on later."""
+    application = await start_application(patient(token_timeout=0.2))
+    advance, begin = application.engine._advance, time.monotonic() + 1
+
+    def paused(sequence: object) -> None:
+        if (sequence.made < 2 and sequence.request.seed == 5) or time.monotonic() > begin:
+            advance(sequence)
+
+    application.engine._advance = paused
+    response = await application.post("/v1/completions", **{**LONG, "max_tokens": 4}, n=2, seed=5)
+    assert response.status_code == 200
+    assert [choice["text"] for choice in response.json()["choices"]] == ["abca"] * 2
+
+
+async def test_a_slow_reader_does_not_slow_the_engine_or_its_figures(application) -> None:
+    """All is taken from the engine while the client reads nothing."""
+    submission = await application.state.llm.prepare("abc", SamplingParams(max_tokens=50), model="tiny")
+    async with aclosing(generation.run(application.state, [submission], time.monotonic())) as deltas:
+        await anext(deltas)
+        await all_pages_free(application)
+        await wait_until(lambda: figure(application, "e2e_request_latency_seconds_count") == 1, "unread", 5)
+        assert figure(application, "inter_token_latency_seconds_count") == 49
+        assert len([delta async for delta in deltas]) == 49
+
+
+def figure(application, name: str) -> float:
+    families = text_string_to_metric_families(application.state.metrics.render(None).decode())
+    samples = [s for family in families for s in family.samples if s.name == f"vllm:{name}"]
+    return samples[0].value if samples else 0
 
 
 async def test_the_whole_request_has_a_limit(start_application) -> None:

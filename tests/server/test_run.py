@@ -125,6 +125,21 @@ async def test_after_a_restart_the_front_knows_the_models_of_the_new_engine(tmp_
         assert complete(server, max_tokens=3).json()["choices"][0]["text"] == "abc"
 
 
+def test_a_request_for_more_choices_than_the_queue_takes_is_not_told_to_come_back(
+    models: dict[str, Path],
+) -> None:
+    with running_server(models, scheduler={"max_waiting": 2}) as server:
+        assert complete(server, n=2, max_tokens=1).status_code == 200
+        refused = complete(server, n=3)
+        messages = [{"role": "user", "content": "a"}]
+        chat = httpx.post(
+            f"{server.url}/v1/chat/completions", json={"model": "tiny", "messages": messages, "n": 3}
+        )
+    for response in (refused, chat):
+        assert response.status_code == 400
+        assert "at most 2 are made" in response.json()["error"]["message"]
+
+
 async def test_sigterm_drains_running_requests_and_refuses_new_ones(server: RunningServer) -> None:
     with ThreadPoolExecutor() as pool:
         running = [pool.submit(complete, server, max_tokens=400, stream=stream) for stream in (True, False)]

@@ -45,8 +45,10 @@ def router(state: ServerState) -> APIRouter:
 
 
 async def _prepare(state: ServerState, body: ChatRequest) -> Submission:
+    params = body.sampling()
+    generation.check_choices(state.config.limits, 1, params.n)
     return await state.llm.prepare_chat(
-        body.messages, body.sampling(), model=body.model, chat_template_kwargs=body.chat_template_kwargs
+        body.messages, params, model=body.model, chat_template_kwargs=body.chat_template_kwargs
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -23,8 +24,8 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        arrival = time.monotonic()
-        submissions = await generation.unless_disconnected(request, _prepare(state, body))
+        arrival = asyncio.get_running_loop().time()
+        submissions = await generation.prepared(state, request, _prepare(state, body))
         deltas = generation.run(state, submissions, arrival)
         if body.stream:
             first = await generation.begin(request, deltas)
@@ -38,7 +39,9 @@ def router(state: ServerState) -> APIRouter:
 
 async def _prepare(state: ServerState, body: CompletionRequest) -> list[Submission]:
     """One submission per prompt, all checked before the first is run."""
-    prompts, params = body.prompts(state.config.limits.max_prompts), body.sampling()
+    limits = state.config.limits
+    prompts, params = body.prompts(limits.max_prompts), body.sampling()
+    generation.check_choices(limits, len(prompts), params.n)
     llm = state.llm
     return [await llm.prepare(prompt, params, model=body.model) for prompt in prompts]
 

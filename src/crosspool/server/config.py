@@ -14,11 +14,13 @@ class LimitsConfig:
     """What clients may take, counted before any of their text is rendered or tokenized. Times in seconds.
 
     ``max_requests`` requests and ``max_admitted_bytes`` of bodies may be in progress at once; one body may
-    have ``max_body_bytes``, the headers of a request ``max_header_bytes``. ``header_timeout`` and
-    ``body_timeout`` bound how long a client may take to send them. ``first_token_timeout`` bounds the wait in
-    the queue and the reading of the prompt together, ``token_timeout`` the gap between two tokens, and
-    ``total_timeout`` the whole request, a slow reader included. A client that is refused for overload is
-    asked to come back after ``retry_after``.
+    have ``max_body_bytes``, the headers of a request ``max_header_bytes``. One request may have
+    ``max_prompts`` prompts and ask for ``max_choices`` choices, those of all its prompts together: one for
+    more than a model's queue takes could never be served. ``header_timeout`` and ``body_timeout`` bound how
+    long a client may take to send them. ``first_token_timeout`` bounds the preparing of the prompt, and then
+    the wait in the queue and the reading of the prompt together; ``token_timeout`` the gap between two tokens
+    once every choice has begun; ``total_timeout`` the whole request, a slow reader included. A client that is
+    refused for overload is asked to come back after ``retry_after``.
     """
 
     max_requests: int = 1024
@@ -26,6 +28,7 @@ class LimitsConfig:
     max_body_bytes: int = 4 * MIB
     max_header_bytes: int = 64 * 1024
     max_prompts: int = 128
+    max_choices: int = 256
     header_timeout: float = 30.0
     body_timeout: float = 60.0
     first_token_timeout: float = 600.0
@@ -47,8 +50,8 @@ class SupervisionConfig:
     """How the engine process is watched. Times in seconds.
 
     A cell that does not answer for ``hang_timeout``, or that while loading reports no progress for
-    ``load_timeout``, is killed. A cell that dies is replaced at once; one that dies again within
-    ``stable_after`` of being ready is replaced after a pause that doubles up to ``max_restart_delay``. After
+    ``load_timeout``, is killed. A cell that dies is replaced after a quarter of a second, one that dies again
+    within ``stable_after`` of being ready after a pause that doubles up to ``max_restart_delay``. After
     ``dead_after`` such deaths in a row the engine counts as dead, though starting it is still tried.
     ``shutdown_timeout`` bounds an orderly end.
     """

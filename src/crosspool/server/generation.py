@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from crosspool.core.errors import CrossPoolError, OverloadedError
+from crosspool.core.errors import CrossPoolError, InvalidRequestError, OverloadedError
 from crosspool.core.request import FinishReason
 from crosspool.llm import OutputLogprobs, Submission, TextDelta
 from crosspool.metrics.latency import SequenceTimer
@@ -60,27 +60,64 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def check_choices(limits: LimitsConfig, prompts: int, n: int) -> None:
+    """Raises InvalidRequestError for more choices than the queue of a model could ever take at once."""
+    if prompts * n > limits.max_choices:
+        raise InvalidRequestError(
+            f"{prompts} prompts with n {n} are {prompts * n} choices, "
+            f"at most {limits.max_choices} are made in one request",
+            parameter="n",
+        )
+
+
 async def run(
     state: ServerState, submissions: Sequence[Submission], arrival: float
 ) -> AsyncGenerator[TextDelta, None]:
     """The deltas of all choices, timed for /metrics. ``arrival`` is by the clock of the event loop.
 
+    They are taken from the engine as they come, however slowly the client reads.
+
     Raises OverloadedError when a time limit is passed, CrossPoolError when the engine fails on a request, and
     what AsyncLLM.stream raises.
     """
-    histograms = state.metrics.latencies
+    arrivals: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+
+    async def take() -> None:
+        try:
+            async with aclosing(_timed(state, submissions, arrival)) as deltas:
+                async for delta in deltas:
+                    arrivals.put_nowait(delta)
+            arrivals.put_nowait(None)
+        except Exception as error:
+            arrivals.put_nowait(error)
+
+    taking = asyncio.create_task(take())
+    try:
+        while (item := await arrivals.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+
+
+async def _timed(
+    state: ServerState, submissions: Sequence[Submission], arrival: float
+) -> AsyncGenerator[TextDelta, None]:
+    clock = asyncio.get_running_loop().time
     timers = [
-        SequenceTimer(histograms, submission.model.name, arrival)
+        SequenceTimer(state.metrics.latencies, submission.model.name, arrival)
         for submission in submissions
         for _ in submission.requests
     ]
-    deltas = _limited(state.llm.stream(*submissions), state.config.limits, arrival)
+    deltas = _limited(state.llm.stream(*submissions), len(timers), state.config.limits, arrival)
     async with aclosing(deltas):
         async for delta in deltas:
             if delta.finish_reason is FinishReason.ERROR:
                 logger.error("the engine failed on a request: %s", delta.error)
                 raise CrossPoolError("the engine failed on this request")
-            now = asyncio.get_running_loop().time()
+            now = clock()
             if delta.token_ids:
                 timers[delta.index].delivered(now)
             if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -89,14 +126,21 @@ async def run(
 
 
 async def _limited(
-    deltas: AsyncGenerator[TextDelta, None], limits: LimitsConfig, arrival: float
+    deltas: AsyncGenerator[TextDelta, None], choices: int, limits: LimitsConfig, arrival: float
 ) -> AsyncGenerator[TextDelta, None]:
-    """The same deltas, or OverloadedError if they do not come in time."""
+    """The same deltas, or OverloadedError if they do not come in time.
+
+    Until every choice has begun, the next delta may be the first token of one that still waits.
+    """
     clock = asyncio.get_running_loop().time
     end = arrival + limits.total_timeout
-    patience, what = limits.first_token_timeout, "first token"
+    begun: set[int] = set()
     async with aclosing(deltas):
         while True:
+            if len(begun) < choices:
+                patience, what = limits.first_token_timeout, "first token"
+            else:
+                patience, what = limits.token_timeout, "next token"
             try:
                 async with asyncio.timeout_at(min(end, clock() + patience)) as limit:
                     delta = await anext(deltas)
@@ -110,7 +154,7 @@ async def _limited(
                         f"the request took longer than {limits.total_timeout:g} s"
                     ) from None
                 raise OverloadedError(f"the {what} did not come within {patience:g} s") from None
-            patience, what = limits.token_timeout, "next token"
+            begun.add(delta.index)
             yield delta
 
 

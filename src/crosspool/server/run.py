@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from crosspool.core.config import EngineConfig
 from crosspool.core.errors import EngineDeadError
@@ -58,6 +59,9 @@ class _Serving:
         on_ready: ReadyCallback | None,
         cell_command: Sequence[str],
     ) -> None:
+        limits = server.limits
+        most = min(limits.max_choices, engine.scheduler.max_waiting)
+        server = replace(server, limits=replace(limits, max_choices=most))
         self._config = server
         self._listener = listener
         self._progress = progress
