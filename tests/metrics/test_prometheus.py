@@ -81,10 +81,10 @@ def test_an_empty_pool_is_no_division_by_zero() -> None:
 def test_without_an_engine_the_fronts_own_figures_remain() -> None:
     exposition = Exposition()
     exposition.engine_starts.inc()
-    exposition.refused.labels("overload").inc(3)
+    exposition.error_responses.labels("503").inc(3)
     read = samples(exposition.render(None))
     assert read["crosspool_engine_starts_total", ()] == 1
-    assert read["crosspool_requests_refused_total", (("reason", "overload"),)] == 3
+    assert read["crosspool_error_responses_total", (("status", "503"),)] == 3
     assert not any(name.startswith("crosspool_kv") for name, _ in read)
 
 

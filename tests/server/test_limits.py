@@ -44,7 +44,7 @@ async def test_beyond_the_number_of_requests_clients_are_told_to_come_back(limit
     assert refused.json()["error"]["code"] == "overloaded"
     assert (await limited.client.get("/ready")).status_code == 200
     metrics = (await limited.client.get("/metrics")).text
-    assert 'crosspool_requests_refused_total{reason="overload"} 1.0' in metrics
+    assert 'crosspool_error_responses_total{status="503"} 1.0' in metrics
     await cancel(tasks)
     assert (await limited.post("/v1/completions", model="tiny", prompt="a")).status_code == 200
 
@@ -94,7 +94,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(start_application) 
 
 async def test_a_client_that_leaves_while_it_sends_its_body_is_forgotten() -> None:
     admission, reached = Admission(LIMITS), []
-    gate = GateMiddleware(lambda *_: reached.append(1), admission, LIMITS, reached.append)
+    gate = GateMiddleware(lambda *_: reached.append(1), admission, LIMITS)
     incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
     async def receive() -> dict:
@@ -118,7 +118,7 @@ async def through_the_gate(app: object, limits: LimitsConfig, method: str = "POS
     async def send(message: dict) -> None:
         sent.append(message)
 
-    gate = GateMiddleware(app, admission, limits, lambda _: None)
+    gate = GateMiddleware(app, admission, limits)
     try:
         async with asyncio.timeout(30):
             await gate({"type": "http", "method": method, "headers": []}, receive, send)

@@ -25,10 +25,10 @@ class Exposition:
         self.engine_starts = Counter(
             "crosspool_engine_starts", "Engine processes that became ready.", registry=self._registry
         )
-        self.refused = Counter(
-            "crosspool_requests_refused",
-            "Requests refused before the engine saw them.",
-            ("reason",),
+        self.error_responses = Counter(
+            "crosspool_error_responses",
+            "Requests answered with an error, by HTTP status.",
+            ("status",),
             registry=self._registry,
         )
 

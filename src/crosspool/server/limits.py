@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
@@ -74,18 +74,12 @@ class Admitted:
 
 
 class GateMiddleware:
-    """Lets POST requests through the gate with their body read whole. Every request has an end.
+    """Lets POST requests through the gate with their body read whole. Every request has an end."""
 
-    ``refused`` is told the reason of each refusal.
-    """
-
-    def __init__(
-        self, app: ASGIApp, admission: Admission, limits: LimitsConfig, refused: Callable[[str], None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, limits: LimitsConfig) -> None:
         self._app = app
         self._admission = admission
         self._limits = limits
-        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -97,7 +91,6 @@ class GateMiddleware:
                 if body is not None:
                     await self._run(scope, _replay(body, receive), send)
         except (OverloadedError, HTTPException) as error:
-            self._refused("overload" if isinstance(error, OverloadedError) else str(error.status_code))
             await error_response(error, self._limits.retry_after)(scope, receive, send)
 
     async def _read_body(self, scope: Scope, receive: Receive, admitted: Admitted) -> bytes | None:
