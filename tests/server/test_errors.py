@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from crosspool.core import errors as core
 from crosspool.core.request import EngineOutput, FinishReason
-from crosspool.server.errors import describe
+from crosspool.server.errors import describe, error_event, error_response
 from helpers_fake_engine import CRASHING_SEED
 from helpers_sse import read_events
 
@@ -40,6 +42,24 @@ async def test_a_body_that_is_no_object_is_refused(application, content: bytes) 
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+async def test_a_body_of_another_content_type_is_told_which_is_needed(application, headers: dict) -> None:
+    content = b'{"model": "tiny", "prompt": "a"}'
+    response = await application.client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+async def test_a_message_may_quote_half_a_surrogate_pair(application) -> None:
+    content = b'{"model": "\\ud800", "prompt": "a"}'
+    response = await application.client.post("/v1/completions", content=content, headers=JSON)
+    assert response.status_code == 404
+    assert "'\\ud800'" in response.json()["error"]["message"]
+    event = error_event(core.InvalidRequestError("\ud800"))
+    assert json.loads(event.removeprefix(b"data: "))["error"]["message"] == "\ud800"
+    assert json.loads(error_response(core.InvalidRequestError("\ud800"), 1).body)
+
+
 async def test_a_number_that_is_not_finite_is_refused(application) -> None:
     content = b'{"model": "tiny", "prompt": "a", "temperature": NaN}'
     response = await application.client.post("/v1/completions", content=content, headers=JSON)
@@ -69,6 +89,7 @@ async def test_a_bug_tells_clients_nothing_of_the_inside(
     response = await application.post("/tokenize", model="tiny", prompt="a")
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "internal error"
+    assert response.headers["Connection"] == "close"
     assert "secret" not in response.text
 
 

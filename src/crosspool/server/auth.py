@@ -5,10 +5,9 @@ from __future__ import annotations
 import hmac
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from crosspool.server.errors import INVALID_REQUEST, error_body
+from crosspool.server.errors import INVALID_REQUEST, ErrorResponse, error_body
 
 OPEN_PATH = "/health"
 
@@ -23,7 +22,7 @@ class ApiKeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != OPEN_PATH and not self._has_key(scope):
             body = error_body("a valid API key is required", INVALID_REQUEST, code="invalid_api_key")
-            response = JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+            response = ErrorResponse(body, 401, {"WWW-Authenticate": "Bearer"})
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)

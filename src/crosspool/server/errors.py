@@ -25,6 +25,14 @@ from crosspool.core.errors import (
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 CLIENT_CLOSED_REQUEST = 499
+NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
+
+
+class ErrorResponse(JSONResponse):
+    """JSON in ASCII: a message may quote what the client sent, and half a surrogate pair has no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 def error_body(
@@ -58,18 +66,18 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
             return 500, error_body("internal error", SERVER_ERROR, code="internal_error")
 
 
-def error_response(error: Exception, retry_after: int) -> JSONResponse:
+def error_response(error: Exception, retry_after: int) -> ErrorResponse:
     """The whole answer. Clients that may try again are told after how many seconds."""
     status, body = describe(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if isinstance(error, OverloadedError | EngineDeadError):
         headers["Retry-After"] = str(retry_after)
-    return JSONResponse(body, status, headers)
+    return ErrorResponse(body, status, headers)
 
 
 def error_event(error: Exception) -> bytes:
     """The server-sent event that ends a stream which cannot go on."""
-    return b"data: " + json.dumps(describe(error)[1], ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + json.dumps(describe(error)[1]).encode() + b"\n\n"
 
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -97,12 +105,19 @@ def _field(problem: Mapping[str, Any]) -> str | None:
 def install(app: FastAPI, retry_after: int) -> None:
     """Make every error of the application answer in OpenAI's shape."""
 
-    async def expected(_: Request, error: Exception) -> JSONResponse:
+    async def expected(_: Request, error: Exception) -> ErrorResponse:
         return error_response(error, retry_after)
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(_: Request, error: Exception) -> ErrorResponse:
+        response = error_response(error, retry_after)
+        response.headers["Connection"] = "close"  # which is what the HTTP server does after an exception
+        return response
+
+    async def invalid(_: Request, error: Exception) -> ErrorResponse:
         assert isinstance(error, RequestValidationError)
-        return JSONResponse(validation_error(error.errors()), 400)
+        if isinstance(error.body, bytes):
+            return ErrorResponse(error_body(NOT_JSON, INVALID_REQUEST), 400)
+        return ErrorResponse(validation_error(error.errors()), 400)
 
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -111,4 +126,4 @@ def install(app: FastAPI, retry_after: int) -> None:
     app.add_exception_handler(CrossPoolError, expected)
     app.add_exception_handler(HTTPException, expected)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, expected)
+    app.add_exception_handler(Exception, unexpected)
