@@ -149,6 +149,9 @@ async def test_unknown_fields_and_those_that_ask_for_nothing_are_taken(applicati
         "stop": None,
         "seed": None,
         "stream": None,
+        "stream_options": {"include_usage": None},
+        "add_special_tokens": False,
+        "truncate_prompt_tokens": None,
         "whatever": object.__name__,
     }
     assert (await application.post(PATH, **body(**harmless))).status_code == 200
@@ -164,6 +167,7 @@ async def test_unknown_fields_and_those_that_ask_for_nothing_are_taken(applicati
         ({"chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
         ({"documents": [{}]}, "documents", "not supported"),
         ({"continue_final_message": True}, "continue_final_message", "not supported"),
+        ({"add_special_tokens": True}, "add_special_tokens", "always false"),
         ({"add_generation_prompt": False}, "add_generation_prompt", "always true"),
         ({"modalities": ["audio"]}, "modalities", "not supported"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),

@@ -117,6 +117,8 @@ async def test_half_a_character_is_never_sent(application) -> None:
         ({"echo": True}, "echo", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported"),
+        ({"add_special_tokens": False}, "add_special_tokens", "always true"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"logprobs": 21}, "logprobs", "20"),
         ({"max_tokens": 0}, "max_tokens", "must be within 1"),

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.integration
 
 async def test_a_serving_server_is_live_and_ready(application) -> None:
     assert (await application.client.get("/health")).status_code == 200
+    assert (await application.client.head("/health")).status_code == 200
+    assert (await application.client.head("/ready")).status_code == 200
     response = await application.client.get("/ready")
     assert response.status_code == 200
     answer = response.json()

@@ -22,8 +22,11 @@ async def test_the_texts_of_tokens_are_told_when_asked_for(application) -> None:
     assert answer.json()["token_strs"] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("with_prompt", "text"), [(True, "user:Hi\nassistant:"), (False, "user:Hi\n")])
-async def test_messages_are_rendered_first(application, with_prompt: bool, text: str) -> None:
+@pytest.mark.parametrize(
+    ("with_prompt", "text"),
+    [(True, "user:Hi\nassistant:"), (None, "user:Hi\nassistant:"), (False, "user:Hi\n")],
+)
+async def test_messages_are_rendered_first(application, with_prompt: bool | None, text: str) -> None:
     answer = await application.post(
         "/tokenize",
         model="tiny",
@@ -39,6 +42,8 @@ async def test_special_tokens_are_added_unless_they_are_not_wanted(application) 
     without = await application.post("/tokenize", model="other", prompt="a", add_special_tokens=False)
     assert with_bos.json()["tokens"] == [BOS_ID, *without.json()["tokens"]]
     assert without.json()["count"] == 1
+    null = await application.post("/tokenize", model="other", prompt="a", add_special_tokens=None)
+    assert null.json() == with_bos.json()
 
 
 async def test_an_empty_prompt_has_no_tokens(application) -> None:

@@ -21,13 +21,13 @@ STATS_TIMEOUT = 2.0
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/health")
+    @routes.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """Live: this process answers, and the engine's lives or is being started again."""
         engine = state.engine_state()
         return JSONResponse({"engine": engine}, 503 if engine is EngineState.DEAD else 200)
 
-    @routes.get("/ready")
+    @routes.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """Whether requests are served now, and what is known of each model."""
         content = {

@@ -34,7 +34,7 @@ class ApiModel(BaseModel):
 
 
 class StreamOptions(ApiModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class GenerationRequest(ApiModel):
@@ -72,15 +72,19 @@ class GenerationRequest(ApiModel):
     prompt_logprobs: Any = None
     bad_words: Any = None
     allowed_token_ids: Any = None
+    truncate_prompt_tokens: Any = None
+    add_special_tokens: bool | None = None
 
+    ADDS_SPECIAL_TOKENS: ClassVar[bool]
     REFUSED: ClassVar[tuple[str, ...]] = (
         *("logit_bias", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
         *("guided_grammar", "use_beam_search", "prompt_logprobs", "bad_words", "allowed_token_ids"),
+        "truncate_prompt_tokens",
     )
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self) -> SamplingParams:
         """The fields given; the rest as SamplingParams has them. Raises InvalidRequestError."""
@@ -101,6 +105,11 @@ class GenerationRequest(ApiModel):
                 raise InvalidRequestError(f"{name} is not supported", parameter=name)
         if self.best_of not in (None, 1, self.n):
             raise InvalidRequestError("best_of is not supported", parameter="best_of")
+        if self.add_special_tokens not in (None, self.ADDS_SPECIAL_TOKENS):
+            raise InvalidRequestError(
+                f"add_special_tokens is always {str(self.ADDS_SPECIAL_TOKENS).lower()} here",
+                parameter="add_special_tokens",
+            )
         if self.response_format not in (None, {"type": "text"}):
             raise InvalidRequestError(
                 "response_format is not supported, other than text", parameter="response_format"
@@ -127,6 +136,7 @@ class ChatRequest(GenerationRequest):
     modalities: Any = None
     chat_template: Any = None
 
+    ADDS_SPECIAL_TOKENS = False
     REFUSED = (
         *GenerationRequest.REFUSED,
         *("functions", "audio", "chat_template", "documents", "continue_final_message"),
@@ -166,6 +176,7 @@ class CompletionRequest(GenerationRequest):
     echo: Any = None
     suffix: Any = None
 
+    ADDS_SPECIAL_TOKENS = True
     REFUSED = (*GenerationRequest.REFUSED, "echo", "suffix")
 
     def prompts(self, most: int) -> list[str | list[int]]:
@@ -203,8 +214,8 @@ class TokenizeRequest(ApiModel):
     model: str
     prompt: str | None = None
     messages: list[Any] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 

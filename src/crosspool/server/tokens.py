@@ -49,7 +49,7 @@ def _tokens(front: ModelFront, body: TokenizeRequest) -> tuple[int, ...]:
     if body.messages is not None:
         return front.chat_tokens(
             body.messages,
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.add_generation_prompt is not False,
             variables=body.chat_template_kwargs,
         )
-    return front.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
+    return front.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
