@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_SIZE = 2**31 - 1
 MAX_COUNT = 1 << 16
 """The most layers, heads or experts that are believed."""
-MAX_NUMBER = 1e30
+MAX_NUMBER = sys.float_info.max
 
 
 def read_json(file: Path) -> dict[str, Any]:
