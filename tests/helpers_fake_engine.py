@@ -93,9 +93,6 @@ class FakeEngine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def has_work(self) -> bool:
-        return bool(self._sequences or self._outputs)
-
     def wait(self, timeout: float) -> None:
         if self._sequences:
             timeout = max(0.0, min(timeout, self._next_step - time.monotonic()))

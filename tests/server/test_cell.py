@@ -82,7 +82,7 @@ async def test_a_cell_loads_serves_and_shuts_down(
         assert [model.name for model in ready.info.models] == ["tiny", "other", "broken"]
         channel.send(messages.Submit(request(1)))
         assert await tokens_until_end(channel, 1) == ([5, 6, 7, 5], FinishReason.LENGTH)
-        channel.send(messages.Shutdown(drain=False))
+        channel.send(messages.Shutdown())
         assert await asyncio.to_thread(process.wait, 30) == 0
 
 
@@ -102,18 +102,6 @@ async def test_a_cell_answers_finish_abort_and_stats(
         stats = await next_event(channel, messages.Stats)
         assert stats.query == 42
         assert stats.stats.models[0].finished == {"stop": 1, "length": 0, "abort": 1, "error": 0}
-
-
-async def test_a_draining_cell_finishes_its_requests_first(
-    fake_cell_command: tuple[str, ...], fake_config: EngineConfig
-) -> None:
-    async with cell(fake_cell_command, fake_config) as (channel, process):
-        await next_event(channel, messages.Ready)
-        channel.send(messages.Submit(request(1, max_tokens=50)))
-        channel.send(messages.Shutdown(drain=True))
-        tokens, reason = await tokens_until_end(channel, 1)
-        assert (len(tokens), reason) == (50, FinishReason.LENGTH)
-        assert await asyncio.to_thread(process.wait, 30) == 0
 
 
 async def test_rejections_name_the_request_and_the_kind(

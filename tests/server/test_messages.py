@@ -53,7 +53,7 @@ COMMANDS = [
     messages.Finish(RequestId(7), 3),
     messages.Abort(RequestId(7)),
     messages.StatsQuery(-1),
-    messages.Shutdown(drain=True),
+    messages.Shutdown(),
 ]
 EVENTS = [
     messages.Progress(LoadProgress("a", 1, 2, "why")),

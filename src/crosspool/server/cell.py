@@ -48,8 +48,6 @@ class CellEngine(Protocol):
 
     def step(self) -> list[EngineOutput]: ...
 
-    def has_work(self) -> bool: ...
-
     def wait(self, timeout: float) -> None: ...
 
     def wake(self) -> None: ...
@@ -101,21 +99,15 @@ def _build_and_serve(channel: CellChannel, build: EngineFactory) -> None:
 
 def _serve(engine: CellEngine, inbox: Inbox, send: Callable[[messages.Event], None]) -> None:
     """The engine's loop: commands in, one step, outputs out, and sleep when there is nothing to do."""
-    draining = False
     while True:
         while not inbox.empty():
             command = inbox.get()
             if isinstance(command, messages.Shutdown):
-                if not command.drain:
-                    return
-                draining = True
-            else:
-                _obey(command, engine, send)
+                return
+            _obey(command, engine, send)
         outputs = engine.step()
         if outputs:
             send(messages.Outputs(tuple(outputs)))
-        if draining and not engine.has_work():
-            return
         if inbox.empty():
             engine.wait(IDLE_WAIT)
 

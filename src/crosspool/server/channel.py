@@ -69,10 +69,6 @@ class ApiChannel:
         """The next event from the cell."""
         return self._codec.event(await self._events.recv())
 
-    async def has_event(self, timeout: float) -> bool:
-        """Whether an event is there, or comes within ``timeout`` seconds."""
-        return bool(await self._events.poll(round(timeout * 1000)))
-
     def close(self) -> None:
         self._commands.close(linger=0)
         self._context.destroy(linger=0)

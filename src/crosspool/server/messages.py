@@ -55,9 +55,7 @@ class StatsQuery(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Exit; with ``drain`` only when all requests have ended."""
-
-    drain: bool
+    """Exit. Requests that still run are lost."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -177,7 +177,7 @@ class Supervisor:
         if self._ready_since is None:
             _kill(process)
         else:
-            channel.send(messages.Shutdown(drain=False))
+            channel.send(messages.Shutdown())
         try:
             await asyncio.wait_for(process.wait(), self._limits.shutdown_timeout)
         except TimeoutError:
