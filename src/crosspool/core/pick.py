@@ -6,8 +6,9 @@ holds on the machine.
 A decode may begin its pass as late as ``start_by`` and still deliver in time. Before that moment prefill uses
 the slack. From that moment on a token lets **at most one** prefill layer task go before it, on either side
 and in all its layers: prefill takes that one when the side would be idle, or when it has itself waited too
-long. So a token is late by one prefill layer task at most, and a prefill advances by at least a layer per
-token: it never starves.
+long. So a token is late by one prefill layer task at most, and a prefill advances by at least a layer task
+per token: it never starves. (Between two grants of a decode, both sides may begin a chunk each before the
+next grant is there; these run side by side, and the token is late by the longer one.)
 """
 
 from __future__ import annotations
