@@ -2,6 +2,9 @@
 
 import os
 
-# As the doors to the engine do (build/start.py), before any test module imports torch: on shared cores,
-# spinning OpenMP threads make a test of seconds take minutes.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from crosspool.build.start import TORCH_SETTINGS
+
+# As the door to the engine does, before any test module imports torch: on shared cores, spinning OpenMP
+# threads make a test of seconds take minutes.
+for _name, _value in TORCH_SETTINGS.items():
+    os.environ.setdefault(_name, _value)
