@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from crosspool.build.control import PoolPlan, assemble
-from crosspool.core.batch import Event, Grant, Phase, RetiredEvent, Row
+from crosspool.core.batch import Event, Grant, RetiredEvent, Row
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
 from crosspool.core.ids import NULL_PAGE, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import LayerTask
@@ -113,7 +113,6 @@ class World:
     outputs: dict[RequestId, list[int]] = field(default_factory=dict)
     token_times: dict[RequestId, list[int]] = field(default_factory=dict)
     finished: dict[RequestId, FinishReason] = field(default_factory=dict)
-    grants: Counter[Phase] = field(default_factory=Counter)
 
     def add(self, request: Request) -> None:
         self.engine.add(request)

@@ -93,10 +93,6 @@ class Scheduler:
         """Sequences that have not given back everything."""
         return len(self._sequences)
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._grants)
-
     # -- decisions ------------------------------------------------------------------------------------
 
     def schedule(self, now: Nanoseconds) -> list[Grant]:
