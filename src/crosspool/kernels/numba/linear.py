@@ -1,0 +1,103 @@
+"""Products of weight matrices with a few or many vectors."""
+
+from __future__ import annotations
+
+from crosspool.kernels.numba.compile import inline, kernel
+from crosspool.kernels.numba.dot_tile import ROWS, VECTORS, make_tile
+from crosspool.kernels.numba.elements import BFLOAT16, FLOAT16, FLOAT32, INT8
+from crosspool.kernels.numba.intrinsics import floats
+
+VECTORS_AT_ONCE = 96
+"""Vectors that stay in the core's cache while all rows of a block pass by. A multiple of VECTORS."""
+
+UNIT_BYTES = 65536
+"""Weights that a thread claims at once: some 3 us of reading."""
+
+
+def _make_dots(weight_dtype: int, vector_dtype: int):  # type: ignore[no-untyped-def]
+    """dots(weights, stride, rows, columns, x, count, out, out_stride), for one pair of types."""
+    many1, many2, many3 = (make_tile(weight_dtype, vector_dtype, ROWS, n) for n in (1, 2, VECTORS))
+    one1, one2, one3 = (make_tile(weight_dtype, vector_dtype, 1, n) for n in (1, 2, VECTORS))
+
+    @kernel
+    def dots(weights, stride, rows, columns, x, count, out, out_stride):  # type: ignore[no-untyped-def]
+        whole = rows - rows % ROWS
+        for begin in range(0, count, VECTORS_AT_ONCE):
+            end = min(count, begin + VECTORS_AT_ONCE)
+            tiles = end - (end - begin) % VECTORS
+            row = 0
+            while row < rows:
+                place, target = weights + row * stride, out + 4 * row
+                for v in range(begin, tiles, VECTORS):
+                    o = target + v * out_stride
+                    p, q = o + out_stride, o + 2 * out_stride
+                    if row < whole:
+                        many3(place, stride, columns, x[v], x[v + 1], x[v + 2], o, p, q)
+                    else:
+                        one3(place, stride, columns, x[v], x[v + 1], x[v + 2], o, p, q)
+                o = target + tiles * out_stride
+                p = o + out_stride
+                if end - tiles == 2:
+                    if row < whole:
+                        many2(place, stride, columns, x[tiles], x[tiles + 1], 0, o, p, 0)
+                    else:
+                        one2(place, stride, columns, x[tiles], x[tiles + 1], 0, o, p, 0)
+                elif end - tiles == 1:
+                    if row < whole:
+                        many1(place, stride, columns, x[tiles], 0, 0, o, 0, 0)
+                    else:
+                        one1(place, stride, columns, x[tiles], 0, 0, o, 0, 0)
+                row += ROWS if row < whole else 1
+
+    return dots
+
+
+_dots_bfloat16 = _make_dots(BFLOAT16, BFLOAT16)
+_dots_float32 = _make_dots(FLOAT32, FLOAT32)
+_dots_float16 = _make_dots(FLOAT16, FLOAT16)
+_dots_int8_bfloat16 = _make_dots(INT8, BFLOAT16)
+_dots_int8_float32 = _make_dots(INT8, FLOAT32)
+_dots_int8_float16 = _make_dots(INT8, FLOAT16)
+
+
+@kernel
+def multiply_rows(matrix, first, last, x, x_dtype, count, out, out_stride):  # type: ignore[no-untyped-def]
+    """Rows ``first`` to ``last - 1`` of a Matrix by ``count`` vectors.
+
+    ``x`` is int64 [>= count], the addresses of vectors of ``x_dtype`` (the matrix's own type, unless it is
+    INT8). The float32 product of row r and vector v goes to address ``out + v * out_stride + 4 * (r -
+    first)``. A product's value depends on the row and the vector alone.
+    """
+    rows, columns, stride = last - first, matrix.columns, matrix.stride
+    weights = matrix.address + first * stride
+    if matrix.dtype == BFLOAT16:
+        _dots_bfloat16(weights, stride, rows, columns, x, count, out, out_stride)
+    elif matrix.dtype == FLOAT32:
+        _dots_float32(weights, stride, rows, columns, x, count, out, out_stride)
+    elif matrix.dtype == FLOAT16:
+        _dots_float16(weights, stride, rows, columns, x, count, out, out_stride)
+    else:
+        if x_dtype == BFLOAT16:
+            _dots_int8_bfloat16(weights, stride, rows, columns, x, count, out, out_stride)
+        elif x_dtype == FLOAT32:
+            _dots_int8_float32(weights, stride, rows, columns, x, count, out, out_stride)
+        else:
+            _dots_int8_float16(weights, stride, rows, columns, x, count, out, out_stride)
+        scales = floats(matrix.scales + 4 * first, rows)
+        for v in range(count):
+            products = floats(out + v * out_stride, rows)
+            for row in range(rows):
+                products[row] *= scales[row]
+
+
+@inline
+def rows_of_unit(matrix):  # type: ignore[no-untyped-def]
+    """Rows of a Matrix that one unit of a team's work takes: a multiple of ROWS, UNIT_BYTES or just above."""
+    tiles = -(-UNIT_BYTES // max(1, matrix.stride * ROWS))
+    return tiles * ROWS
+
+
+@inline
+def units_of(matrix):  # type: ignore[no-untyped-def]
+    """Units of a team's work in which a Matrix is read once."""
+    return -(-matrix.rows // rows_of_unit(matrix))
