@@ -65,7 +65,16 @@ def make_tile(weight_dtype: int, vector_dtype: int, rows: int, vectors: int) -> 
 
     @intrinsic
     def tile(
-        typing: Any, weights: Any, stride: Any, length: Any, x0: Any, x1: Any, x2: Any, o0: Any, o1: Any, o2: Any
+        typing: Any,
+        weights: Any,
+        stride: Any,
+        length: Any,
+        x0: Any,
+        x1: Any,
+        x2: Any,
+        o0: Any,
+        o1: Any,
+        o2: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             weights, stride, length = arguments[:3]
@@ -75,9 +84,7 @@ def make_tile(weight_dtype: int, vector_dtype: int, rows: int, vectors: int) -> 
             row_places = [_place(builder, builder.add(weights, offset)) for offset in offsets]
             ahead = builder.mul(stride, I64(rows)) if vectors < VECTORS else None
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
-            sums = [
-                [cgutils.alloca_once_value(builder, zero) for _ in range(vectors)] for _ in range(rows)
-            ]
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(vectors)] for _ in range(rows)]
             whole = builder.lshr(length, I64(5))
             with cgutils.for_range(builder, whole) as loop:
                 at = builder.shl(loop.index, I64(5))
@@ -122,9 +129,7 @@ def _load(builder: Any, place: Any, at: Any, element: Any, size: int, count: int
         return builder.load(where, align=size)
     lanes = ir.VectorType(I32, count)
     below = builder.insert_element(ir.Constant(lanes, ir.Undefined), builder.trunc(rest, I32), I32(0))
-    below = builder.shuffle_vector(
-        below, ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, [0] * count)
-    )
+    below = builder.shuffle_vector(below, ir.Constant(lanes, ir.Undefined), ir.Constant(lanes, [0] * count))
     mask = builder.icmp_signed("<", ir.Constant(lanes, list(range(count))), below)
     name = f"llvm.masked.load.v{count}{'f32' if element is F32 else f'i{8 * size}'}.p0"
     function = declared(builder, name, kind, [kind.as_pointer(), I32, mask.type, kind])

@@ -25,19 +25,19 @@ INT8 = 3
 
 
 @inline
-def element_bytes(dtype):  # type: ignore[no-untyped-def]
+def element_bytes(dtype):
     """Bytes of one element."""
     return 4 if dtype == FLOAT32 else 1 if dtype == INT8 else 2
 
 
 @inline
-def float_of_bfloat(bits):  # type: ignore[no-untyped-def]
+def float_of_bfloat(bits):
     """The value of a bfloat16 given by its bits (uint16)."""
     return float_of_bits(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
 @inline
-def bfloat_of_float(value):  # type: ignore[no-untyped-def]
+def bfloat_of_float(value):
     """The bits (uint16) of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
     bits = bits_of_float(value)
     odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
@@ -48,7 +48,7 @@ def bfloat_of_float(value):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def widen(address, dtype, count, out):  # type: ignore[no-untyped-def]
+def widen(address, dtype, count, out):
     """Read ``count`` elements of a 16- or 32-bit type into ``out``, float32 [>= count]."""
     if dtype == FLOAT32:
         wide = floats(address, count)
@@ -65,7 +65,7 @@ def widen(address, dtype, count, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def narrow(values, count, address, dtype):  # type: ignore[no-untyped-def]
+def narrow(values, count, address, dtype):
     """Store ``count`` of ``values`` (float32) as elements of a 16- or 32-bit type."""
     if dtype == FLOAT32:
         wide = floats(address, count)
@@ -82,7 +82,7 @@ def narrow(values, count, address, dtype):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def round_to(values, count, dtype):  # type: ignore[no-untyped-def]
+def round_to(values, count, dtype):
     """Round ``count`` of ``values`` (float32) in place to what ``dtype`` can hold."""
     if dtype == BFLOAT16:
         for i in range(count):

@@ -48,19 +48,19 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @inline
-def floats(address, count):  # type: ignore[no-untyped-def]
+def floats(address, count):
     """float32 [count] at an address."""
     return carray(pointer(address), (count,), np.float32)
 
 
 @inline
-def halves(address, count):  # type: ignore[no-untyped-def]
+def halves(address, count):
     """uint16 [count] at an address: the bits of bfloat16 or float16."""
     return carray(pointer(address), (count,), np.uint16)
 
 
 @inline
-def words(address, count):  # type: ignore[no-untyped-def]
+def words(address, count):
     """int64 [count] at an address."""
     return carray(pointer(address), (count,), np.int64)
 
@@ -251,9 +251,7 @@ def wake_all(typing: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         everybody = I64(2**31 - 1)
-        _syscall(
-            builder, "futex", [arguments[0], I64(FUTEX_WAKE_PRIVATE), everybody, I64(0), I64(0), I64(0)]
-        )
+        _syscall(builder, "futex", [arguments[0], I64(FUTEX_WAKE_PRIVATE), everybody, I64(0), I64(0), I64(0)])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -14,13 +14,13 @@ UNIT_BYTES = 65536
 """Weights that a thread claims at once: some 3 us of reading."""
 
 
-def _make_dots(weight_dtype: int, vector_dtype: int):  # type: ignore[no-untyped-def]
+def _make_dots(weight_dtype: int, vector_dtype: int):
     """dots(weights, stride, rows, columns, x, count, out, out_stride), for one pair of types."""
     many1, many2, many3 = (make_tile(weight_dtype, vector_dtype, ROWS, n) for n in (1, 2, VECTORS))
     one1, one2, one3 = (make_tile(weight_dtype, vector_dtype, 1, n) for n in (1, 2, VECTORS))
 
     @kernel
-    def dots(weights, stride, rows, columns, x, count, out, out_stride):  # type: ignore[no-untyped-def]
+    def dots(weights, stride, rows, columns, x, count, out, out_stride):
         whole = rows - rows % ROWS
         for begin in range(0, count, VECTORS_AT_ONCE):
             end = min(count, begin + VECTORS_AT_ONCE)
@@ -61,7 +61,7 @@ _dots_int8_float16 = _make_dots(INT8, FLOAT16)
 
 
 @kernel
-def multiply_rows(matrix, first, last, x, x_dtype, count, out, out_stride):  # type: ignore[no-untyped-def]
+def multiply_rows(matrix, first, last, x, x_dtype, count, out, out_stride):
     """Rows ``first`` to ``last - 1`` of a Matrix by ``count`` vectors.
 
     ``x`` is int64 [>= count], the addresses of vectors of ``x_dtype`` (the matrix's own type, unless it is
@@ -91,13 +91,13 @@ def multiply_rows(matrix, first, last, x, x_dtype, count, out, out_stride):  # t
 
 
 @inline
-def rows_of_unit(matrix):  # type: ignore[no-untyped-def]
+def rows_of_unit(matrix):
     """Rows of a Matrix that one unit of a team's work takes: a multiple of ROWS, UNIT_BYTES or just above."""
     tiles = -(-UNIT_BYTES // max(1, matrix.stride * ROWS))
     return tiles * ROWS
 
 
 @inline
-def units_of(matrix):  # type: ignore[no-untyped-def]
+def units_of(matrix):
     """Units of a team's work in which a Matrix is read once."""
     return -(-matrix.rows // rows_of_unit(matrix))

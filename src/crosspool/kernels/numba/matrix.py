@@ -63,8 +63,6 @@ def put_matrix(fields: np.ndarray, at: int, weight: Weight) -> None:
 
 
 @inline
-def matrix_at(fields, at):  # type: ignore[no-untyped-def]
+def matrix_at(fields, at):
     """The Matrix whose descriptor begins at field ``at``."""
-    return Matrix(
-        fields[at], fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4], fields[at + 5]
-    )
+    return Matrix(fields[at], fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4], fields[at + 5])

@@ -11,7 +11,7 @@ LANES = 16
 
 
 @kernel
-def rms_norm(values, count, weight, eps, dtype, room):  # type: ignore[no-untyped-def]
+def rms_norm(values, count, weight, eps, dtype, room):
     """Norm ``values`` (float32 [>= count]) by the weights of type ``dtype`` at address ``weight``.
 
     The normed values are rounded to ``dtype`` before the weight multiplies them, and the products after it,

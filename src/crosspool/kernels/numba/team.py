@@ -39,27 +39,27 @@ def new_own(index: int, threads: int) -> np.ndarray:
 
 
 @inline
-def share(own, units):  # type: ignore[no-untyped-def]
+def share(own, units):
     """Begin a kernel of ``units`` units. Every thread of the team says the same number."""
     own[UNITS] = units
 
 
 @inline
-def claim(shared, own):  # type: ignore[no-untyped-def]
+def claim(shared, own):
     """The next unit for this thread, or -1 when all are taken."""
     unit = fetch_add(shared + CLAIMS, 1) - own[BASE]
     return unit if unit < own[UNITS] else -1
 
 
 @inline
-def meet(shared, own):  # type: ignore[no-untyped-def]
+def meet(shared, own):
     """End a kernel: return when every unit is done and seen by all. Each thread has had one claim refused."""
     own[BASE] += own[UNITS] + own[THREADS]
     wait_for_all(shared, own)
 
 
 @kernel
-def wait_for_all(shared, own):  # type: ignore[no-untyped-def]
+def wait_for_all(shared, own):
     """A barrier: return when every thread of the team has called it."""
     own[MEETINGS] += 1
     everybody = own[MEETINGS] * own[THREADS]
