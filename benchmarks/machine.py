@@ -16,7 +16,7 @@ def describe() -> dict[str, object]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("crosspool", "torch", "numpy")},
+        **{name: _version(name) for name in ("crosspool", "torch", "numpy", "numba")},
     }
 
 

@@ -48,12 +48,15 @@ _BfloatType._create_instance()
 _BFLOATS = ir.VectorType(_BfloatType(), STEP)
 
 
-def make_tile(weight_dtype: int, vector_dtype: int, rows: int, vectors: int) -> Callable[..., None]:
+def make_tile(
+    weight_dtype: int, vector_dtype: int, rows: int, vectors: int, *, fetch_ahead: bool
+) -> Callable[..., None]:
     """A function for compiled code: tile(weights, stride, length, x0, x1, x2, out0, out1, out2).
 
     ``weights`` is the address of the first of ``rows`` rows, ``stride`` bytes apart; ``x0`` .. are addresses
     of vectors of ``length`` elements (only the first ``vectors`` count). The float32 sums of vector v with
     all rows go to ``out_v`` [rows]. Scales of int8 rows are not applied.
+    ``fetch_ahead``: the ``rows`` rows that follow are asked for on the way.
     """
     pairs = (
         weight_dtype == BFLOAT16
@@ -82,7 +85,7 @@ def make_tile(weight_dtype: int, vector_dtype: int, rows: int, vectors: int) -> 
             outs = arguments[6 : 6 + vectors]
             offsets = [builder.mul(stride, I64(row)) for row in range(rows)]
             row_places = [_place(builder, builder.add(weights, offset)) for offset in offsets]
-            ahead = builder.mul(stride, I64(rows)) if vectors < VECTORS else None
+            ahead = builder.mul(stride, I64(rows)) if fetch_ahead else None
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(vectors)] for _ in range(rows)]
             whole = builder.lshr(length, I64(5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.dot_tile import ROWS, VECTORS, make_tile
 from crosspool.kernels.numba.elements import BFLOAT16, FLOAT16, FLOAT32, INT8
@@ -15,39 +17,52 @@ UNIT_BYTES = 65536
 
 
 def _make_dots(weight_dtype: int, vector_dtype: int):
-    """dots(weights, stride, rows, columns, x, count, out, out_stride), for one pair of types."""
-    many1, many2, many3 = (make_tile(weight_dtype, vector_dtype, ROWS, n) for n in (1, 2, VECTORS))
-    one1, one2, one3 = (make_tile(weight_dtype, vector_dtype, 1, n) for n in (1, 2, VECTORS))
+    """dots(weights, stride, rows, columns, x, count, out, out_stride), for one pair of types.
+
+    The last tile over a block of rows asks for the next block, which nothing else has asked for by then.
+    """
+
+    def tiles_of(rows: int, fetch_ahead: bool) -> list[Callable[..., None]]:
+        sizes = (1, 2, VECTORS)
+        return [make_tile(weight_dtype, vector_dtype, rows, n, fetch_ahead=fetch_ahead) for n in sizes]
+
+    last1, last2, last3 = tiles_of(ROWS, True)
+    _, _, many3 = tiles_of(ROWS, False)
+    one1, one2, one3 = tiles_of(1, False)
 
     @kernel
     def dots(weights, stride, rows, columns, x, count, out, out_stride):
         whole = rows - rows % ROWS
         for begin in range(0, count, VECTORS_AT_ONCE):
             end = min(count, begin + VECTORS_AT_ONCE)
-            tiles = end - (end - begin) % VECTORS
-            row = 0
-            while row < rows:
+            for row in range(0, whole, ROWS):
                 place, target = weights + row * stride, out + 4 * row
-                for v in range(begin, tiles, VECTORS):
+                v = begin
+                while v < end:
                     o = target + v * out_stride
                     p, q = o + out_stride, o + 2 * out_stride
-                    if row < whole:
+                    if v + VECTORS < end:
                         many3(place, stride, columns, x[v], x[v + 1], x[v + 2], o, p, q)
+                    elif v + 3 == end:
+                        last3(place, stride, columns, x[v], x[v + 1], x[v + 2], o, p, q)
+                    elif v + 2 == end:
+                        last2(place, stride, columns, x[v], x[v + 1], 0, o, p, 0)
                     else:
+                        last1(place, stride, columns, x[v], 0, 0, o, 0, 0)
+                    v += VECTORS
+            for row in range(whole, rows):
+                place, target = weights + row * stride, out + 4 * row
+                v = begin
+                while v < end:
+                    o = target + v * out_stride
+                    p, q = o + out_stride, o + 2 * out_stride
+                    if v + VECTORS <= end:
                         one3(place, stride, columns, x[v], x[v + 1], x[v + 2], o, p, q)
-                o = target + tiles * out_stride
-                p = o + out_stride
-                if end - tiles == 2:
-                    if row < whole:
-                        many2(place, stride, columns, x[tiles], x[tiles + 1], 0, o, p, 0)
+                    elif v + 2 == end:
+                        one2(place, stride, columns, x[v], x[v + 1], 0, o, p, 0)
                     else:
-                        one2(place, stride, columns, x[tiles], x[tiles + 1], 0, o, p, 0)
-                elif end - tiles == 1:
-                    if row < whole:
-                        many1(place, stride, columns, x[tiles], 0, 0, o, 0, 0)
-                    else:
-                        one1(place, stride, columns, x[tiles], 0, 0, o, 0, 0)
-                row += ROWS if row < whole else 1
+                        one1(place, stride, columns, x[v], 0, 0, o, 0, 0)
+                    v += VECTORS
 
     return dots
 
