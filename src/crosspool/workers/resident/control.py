@@ -1,0 +1,142 @@
+"""The words through which the engine's thread and the teams speak: layout, and who writes what when.
+
+All are int64 in one block of memory. What several threads write at once is on cache lines of its own.
+
+The engine's thread **submits** a micro-batch: it fills a free slot's descriptor, and then releases its
+POSITION. A position is ``sequence << STAGE_BITS | stage``: sequence numbers of submitted micro-batches and
+the stages of one only ever grow, so a position never comes back and one word tells which micro-batch a slot
+holds and how far it is. Whoever has run a stage releases the next position, which hands the hidden states to
+the team whose stage that is. The team that ends a micro-batch sends its last event, and then releases the
+slot's RETIRED as the micro-batch's sequence. Only then is the slot free: a counter of all retired
+micro-batches would free slots of those that still run. tests/workers/resident/test_protocol_model.py
+explores all orders of these steps.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+LINE = 8
+"""Words of a cache line."""
+
+STAGE_BITS = 24
+
+# -- one slot: SLOT_WORDS words ------------------------------------------------------------------------------
+SLOT_WORDS = 8 * LINE
+
+# The descriptor, 64 bytes, written by the engine's thread while the slot is free.
+MODEL, PHASE, TEAM, INTERVAL, LAYER_COST, STEPS, BODY, HAS_HEAD = range(8)
+
+POSITION = 1 * LINE
+RETIRED = 2 * LINE
+PARTS_DONE = 3 * LINE
+"""FFN parts of this slot that have ended since the start, where every device has a part of each FFN."""
+
+START_BY = 4 * LINE
+PASSED = 4 * LINE + 1
+STEP = 4 * LINE + 2
+ERROR = 4 * LINE + 3
+CHUNK_END = 5 * LINE
+"""When a prefill's layer task that runs now is expected to end; 0 if none runs."""
+
+RECALLED = 6 * LINE
+"""Set by the engine's thread: retire at the next step boundary."""
+
+ATTENTION_TIME, ATTENTION_TASKS, FFN_TIME, FFN_TASKS = range(7 * LINE, 7 * LINE + 4)
+
+# -- one team: TEAM_WORDS words ------------------------------------------------------------------------------
+TEAM_WORDS = 12 * LINE
+BELL = 0
+"""Counts reasons to look for a task: submissions, and stages that other teams have ended. A futex."""
+
+ASLEEP = 1 * LINE
+TASK = 2 * LINE
+"""Counts the tasks that the leader has given to its team. A futex for the members."""
+
+MEMBERS_ASLEEP = 3 * LINE
+TASK_SLOT, TASK_STAGE = 4 * LINE, 4 * LINE + 1
+EVENTS_WRITTEN = 5 * LINE
+EVENTS_READ = 6 * LINE
+BEATS = 7 * LINE
+"""Tasks done and sleeps ended: a team whose beats stand still while a task runs is stuck."""
+
+LEFT = 8 * LINE
+TEAM_SHARED = 9 * LINE
+"""Where the team's words of kernels/numba/team.py would begin; they are in a block of their own."""
+
+# -- global words --------------------------------------------------------------------------------------------
+GLOBAL_WORDS = 4 * LINE
+STOP = 0
+SLOTS_IN_USE = 1 * LINE
+"""Slots from this one on have never been used."""
+
+NEWS = 2 * LINE
+"""Counts events and calls of ``wake``. A futex for the engine's thread."""
+
+ENGINE_ASLEEP = 3 * LINE
+
+# -- events --------------------------------------------------------------------------------------------------
+EVENT_WORDS = 8
+RING_EVENTS = 4096
+EVENT_SLOT, EVENT_KIND, EVENT_ROW, EVENT_TOKEN, EVENT_MADE = range(5)
+TOKEN_EVENT, RETIRED_EVENT = 1, 2
+
+SLOTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The block of words. ``slots``, ``teams`` and ``rings`` are addresses of the first of each kind."""
+
+    memory: np.ndarray
+    num_teams: int
+
+    @staticmethod
+    def allocate(num_teams: int) -> Control:
+        """All words zero."""
+        words = GLOBAL_WORDS + SLOTS * SLOT_WORDS + num_teams * (TEAM_WORDS + RING_EVENTS * EVENT_WORDS)
+        return Control(new_words(words), num_teams)
+
+    @property
+    def address(self) -> int:
+        return int(self.memory.ctypes.data)
+
+    @property
+    def slots(self) -> int:
+        return self.address + 8 * GLOBAL_WORDS
+
+    @property
+    def teams(self) -> int:
+        return self.slots + 8 * SLOTS * SLOT_WORDS
+
+    @property
+    def rings(self) -> int:
+        return self.teams + 8 * self.num_teams * TEAM_WORDS
+
+    def slot_words(self, slot: int) -> np.ndarray:
+        begin = GLOBAL_WORDS + slot * SLOT_WORDS
+        return self.memory[begin : begin + SLOT_WORDS]
+
+    def team_words(self, team: int) -> np.ndarray:
+        begin = GLOBAL_WORDS + SLOTS * SLOT_WORDS + team * TEAM_WORDS
+        return self.memory[begin : begin + TEAM_WORDS]
+
+    def ring(self, team: int) -> np.ndarray:
+        """Events of one team, int64 [RING_EVENTS, EVENT_WORDS]."""
+        begin = GLOBAL_WORDS + SLOTS * SLOT_WORDS + self.num_teams * TEAM_WORDS
+        size = RING_EVENTS * EVENT_WORDS
+        begin += team * size
+        return self.memory[begin : begin + size].reshape(RING_EVENTS, EVENT_WORDS)
+
+
+def new_bytes(size: int) -> np.ndarray:
+    """Zeroed memory, uint8 [size], on whole pages; physical memory is taken where it is first written."""
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=np.uint8)
+
+
+def new_words(count: int) -> np.ndarray:
+    """Zeroed memory, int64 [count]."""
+    return new_bytes(8 * count).view(np.int64)
