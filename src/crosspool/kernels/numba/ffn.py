@@ -27,7 +27,7 @@ MATRICES = ROUTER + ROUTER_WORDS
 each from field MATRICES on. WIDEST is the largest intermediate size, MOST_ROWS that of a unit of any gate."""
 
 EXPERT_WORDS = 3 * MATRIX_WORDS
-DOWN_ROWS = 16
+DOWN_ROWS = 64
 """Output elements that a thread claims at once, of all experts."""
 
 TOKENS_ROUTED_AT_ONCE = 4
