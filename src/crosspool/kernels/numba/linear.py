@@ -13,7 +13,7 @@ VECTORS_AT_ONCE = 96
 """Vectors that stay in the core's cache while all rows of a block pass by. A multiple of VECTORS."""
 
 UNIT_BYTES = 131072
-"""Weights that a thread claims at once: some 6 us of reading; shorter reads do not fill the memory's pipeline."""
+"""Weights that a thread claims at once: some 6 us of reading. Less does not fill the memory's pipeline."""
 
 
 def _make_dots(weight_dtype: int, vector_dtype: int):
