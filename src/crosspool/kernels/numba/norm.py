@@ -15,10 +15,11 @@ def rms_norm(values, count, weight, eps, dtype, room):
     """Norm ``values`` (float32 [>= count]) by the weights of type ``dtype`` at address ``weight``.
 
     The normed values are rounded to ``dtype`` before the weight multiplies them, and the products after it,
-    as in the reference. ``room`` is float32 [>= count] for the weights. The sum of squares has LANES partial
+    as in the reference. ``room`` is scratch, float32 [>= count + LANES]. The sum of squares has LANES partial
     sums, added in order.
     """
-    sums = np.zeros(LANES, np.float32)
+    sums = room[count : count + LANES]
+    sums[:] = np.float32(0)
     whole = count - count % LANES
     for begin in range(0, whole, LANES):
         for lane in range(LANES):
