@@ -31,7 +31,7 @@ VECTORS = 3
 
 _ELEMENT = {FLOAT32: F32, BFLOAT16: I16, FLOAT16: I16, INT8: I8}
 _BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, INT8: 1}
-_FLOATS = ir.VectorType(F32, LANES)
+FLOATS = ir.VectorType(F32, LANES)
 
 
 class _BfloatType(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -86,7 +86,7 @@ def make_tile(
             offsets = [builder.mul(stride, I64(row)) for row in range(rows)]
             row_places = [_place(builder, builder.add(weights, offset)) for offset in offsets]
             ahead = builder.mul(stride, I64(rows)) if fetch_ahead else None
-            zero = ir.Constant(_FLOATS, [0.0] * LANES)
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(vectors)] for _ in range(rows)]
             whole = builder.lshr(length, I64(5))
             with cgutils.for_range(builder, whole) as loop:
@@ -124,7 +124,7 @@ def _add_up(builder: Any, value: Any) -> Any:
     return builder.extract_element(value, I32(0))
 
 
-def _load(builder: Any, place: Any, at: Any, element: Any, size: int, count: int, rest: Any) -> Any:
+def load(builder: Any, place: Any, at: Any, element: Any, size: int, count: int, rest: Any) -> Any:
     """``count`` elements from number ``at`` on; with ``rest`` only so many are read, and zeros follow."""
     kind = ir.VectorType(element, count)
     where = builder.bitcast(builder.gep(place, [builder.mul(at, I64(size))]), kind.as_pointer())
@@ -137,6 +137,21 @@ def _load(builder: Any, place: Any, at: Any, element: Any, size: int, count: int
     name = f"llvm.masked.load.v{count}{'f32' if element is F32 else f'i{8 * size}'}.p0"
     function = declared(builder, name, kind, [kind.as_pointer(), I32, mask.type, kind])
     return builder.call(function, [where, I32(size), mask, ir.Constant(kind, None)])
+
+
+def load_wide(builder: Any, place: Any, at: Any, dtype: int, rest: Any) -> Any:
+    """LANES elements from number ``at`` on as float32, ``rest`` as in ``load``."""
+    stored = load(builder, place, at, _ELEMENT[dtype], _BYTES[dtype], LANES, rest)
+    if dtype == FLOAT32:
+        return stored
+    if dtype == FLOAT16:
+        halves = builder.bitcast(stored, ir.VectorType(ir.HalfType(), LANES))
+        return builder.fpext(halves, FLOATS)
+    wide = ir.VectorType(I32, LANES)
+    if dtype == INT8:
+        return builder.sitofp(builder.sext(stored, wide), FLOATS)
+    shifted = builder.shl(builder.zext(stored, wide), ir.Constant(wide, [16] * LANES))
+    return builder.bitcast(shifted, FLOATS)
 
 
 def _prefetch(builder: Any, place: Any, at: Any, size: int, ahead: Any) -> None:
@@ -154,16 +169,16 @@ class _PairedStep:
         self, builder: Any, rows: Any, vectors: Any, at: Any, rest: Any, sums: Any, ahead: Any
     ) -> None:
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        multiply_add = declared(builder, name, _FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
+        multiply_add = declared(builder, name, FLOATS, [FLOATS, _BFLOATS, _BFLOATS])
 
-        def load(place: Any) -> Any:
-            return builder.bitcast(_load(builder, place, at, I16, 2, STEP, rest), _BFLOATS)
+        def paired(place: Any) -> Any:
+            return builder.bitcast(load(builder, place, at, I16, 2, STEP, rest), _BFLOATS)
 
-        values = [load(place) for place in vectors]
+        values = [paired(place) for place in vectors]
         for row, place in enumerate(rows):
             if ahead is not None:
                 _prefetch(builder, place, at, 2, ahead)
-            weight = load(place)
+            weight = paired(place)
             for vector, value in enumerate(values):
                 total = sums[row][vector]
                 builder.store(builder.call(multiply_add, [builder.load(total), weight, value]), total)
@@ -179,29 +194,16 @@ class _WideStep:
     def __call__(
         self, builder: Any, rows: Any, vectors: Any, at: Any, rest: Any, sums: Any, ahead: Any
     ) -> None:
-        multiply_add = declared(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+        multiply_add = declared(builder, f"llvm.fma.v{LANES}f32", FLOATS, [FLOATS] * 3)
         if ahead is not None:
             for place in rows:
                 _prefetch(builder, place, at, _BYTES[self._weight], ahead)
         for part in range(0, STEP, LANES):
             here = builder.add(at, I64(part))
             left = None if rest is None else builder.sub(rest, I64(part))
-            values = [self._load(builder, place, here, self._vector, left) for place in vectors]
+            values = [load_wide(builder, place, here, self._vector, left) for place in vectors]
             for row, place in enumerate(rows):
-                weight = self._load(builder, place, here, self._weight, left)
+                weight = load_wide(builder, place, here, self._weight, left)
                 for vector, value in enumerate(values):
                     total = sums[row][vector]
                     builder.store(builder.call(multiply_add, [weight, value, builder.load(total)]), total)
-
-    def _load(self, builder: Any, place: Any, at: Any, dtype: int, rest: Any) -> Any:
-        stored = _load(builder, place, at, _ELEMENT[dtype], _BYTES[dtype], LANES, rest)
-        if dtype == FLOAT32:
-            return stored
-        if dtype == FLOAT16:
-            halves = builder.bitcast(stored, ir.VectorType(ir.HalfType(), LANES))
-            return builder.fpext(halves, _FLOATS)
-        wide = ir.VectorType(I32, LANES)
-        if dtype == INT8:
-            return builder.sitofp(builder.sext(stored, wide), _FLOATS)
-        shifted = builder.shl(builder.zext(stored, wide), ir.Constant(wide, [16] * LANES))
-        return builder.bitcast(shifted, _FLOATS)
