@@ -99,8 +99,8 @@ def attend_block(shape, batch, kv, tile, block, query, out, mine):
 
 @kernel
 def _score(shape, batch, kv, tile, begin, end, query, addresses, scores):
-    """Products of the tile's queries with the keys from position ``begin`` to ``end - 1``: of head v
-    and position p goes to address ``scores + 4 * (v * BLOCK + p)``."""
+    """Products of the tile's queries with the keys from position ``begin`` to ``end - 1``; that of
+    query head v and position p goes to address ``scores + 4 * (v * BLOCK + p)``."""
     group = shape.heads // shape.kv_heads
     for v in range(tile.size):
         place = batch.starts[tile.row] + (tile.first + v) // group
