@@ -1,0 +1,183 @@
+"""How each contender serves a set of checkpoints: CrossPool in one server, the others in one for each model.
+
+The peers run with their own defaults, but for what makes the comparison fair: bf16 weights, so many threads,
+so many sequences at once of so many tokens, and no memory spent on keeping old prompts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peers.checkpoints import Checkpoint
+from peers.load import Endpoint
+from peers.places import LLAMA_SERVER, VLLM, PeerError
+from peers.process import ServerProcess, free_port, peak_bytes, proportional_bytes
+
+READY_SECONDS = 600
+PAGE_SLACK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A model to be served: ``slots`` sequences at once, of ``context`` tokens each."""
+
+    checkpoint: Checkpoint
+    slots: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Servers that run. ``spins``: they burn a core while nobody asks, and are paused between their turns."""
+
+    servers: tuple[ServerProcess, ...]
+    endpoints: Mapping[str, Endpoint]
+    spins: bool
+
+    @property
+    def started(self) -> float:
+        """When the first process was started, in seconds of ``time.perf_counter``."""
+        return min(server.started for server in self.servers)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """For the length of a turn. A server that does not spin is awake anyhow."""
+        if not self.spins:
+            yield
+            return
+        for server in self.servers:
+            server.resume()
+        try:
+            yield
+        finally:
+            self.sleep()
+
+    def sleep(self) -> None:
+        if self.spins:
+            for server in self.servers:
+                server.pause()
+
+    def proportional_bytes(self) -> int:
+        return proportional_bytes(process for server in self.servers for process in server.members())
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(process for server in self.servers for process in server.members())
+
+
+@dataclass(frozen=True, slots=True)
+class Contender(ABC):
+    """A serving system with its number of threads (each process's, where there are several)."""
+
+    threads: int
+
+    kind = ""
+    spins = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.threads}"
+
+    @contextmanager
+    def serve(self, needs: Sequence[Need]) -> Iterator[Deployment]:
+        """Start the servers, wait until all are ready, and end them when left. Raises PeerError."""
+        with ExitStack() as stack:
+            servers: list[ServerProcess] = []
+            endpoints: dict[str, Endpoint] = {}
+            for group in self.groups(needs):
+                server = stack.enter_context(self.start(group, len(servers)))
+                servers.append(server)
+                endpoints |= {
+                    need.checkpoint.name: Endpoint(server.url, need.checkpoint.name) for need in group
+                }
+            for server in servers:
+                server.wait_until_ready(READY_SECONDS)
+            deployment = Deployment(tuple(servers), endpoints, self.spins)
+            deployment.sleep()
+            yield deployment
+
+    def groups(self, needs: Sequence[Need]) -> list[Sequence[Need]]:
+        """The models of each server."""
+        return [[need] for need in needs]
+
+    @abstractmethod
+    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
+        """Start the server number ``index`` for these models."""
+
+
+class CrossPool(Contender):
+    """One server for all models. Its KV pool holds what the peers' separate KV caches hold together."""
+
+    kind = "crosspool"
+
+    def groups(self, needs: Sequence[Need]) -> list[Sequence[Need]]:
+        return [needs]
+
+    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
+        port = free_port()
+        kv_bytes = sum(
+            PAGE_SLACK_BYTES + need.slots * need.context * need.checkpoint.spec.kv_bytes_per_token
+            for need in needs
+        )
+        command = [Path(sys.executable).parent / "crosspool", "serve"]
+        command += [f"{need.checkpoint.name}={need.checkpoint.folder}" for need in needs]
+        command += ["--port", port, "--kv-pool-bytes", kv_bytes, "--threads", self.threads]
+        return ServerProcess(f"{self.kind}-{index}", command, port, "/ready", {})
+
+
+class LlamaCpp(Contender):
+    """``llama-server``. Without ``--cache-ram 0`` it would copy the KV of every finished prompt."""
+
+    kind = "llama.cpp"
+
+    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
+        (need,) = needs
+        port = free_port()
+        command = [LLAMA_SERVER, "--model", need.checkpoint.gguf, "--alias", need.checkpoint.name]
+        command += ["--threads", self.threads, "--parallel", need.slots]
+        command += ["--ctx-size", need.slots * need.context, "--cache-ram", 0]
+        command += ["--offline", "--host", "127.0.0.1", "--port", port]
+        return ServerProcess(f"{self.kind}-{index}", command, port, "/health", {})
+
+
+class VllmCpu(Contender):
+    """``vllm serve``, its threads bound to cores one after another. Its scheduler polls while idle."""
+
+    kind = "vllm-cpu"
+    spins = True
+
+    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
+        (need,) = needs
+        port = free_port()
+        command = [VLLM / "bin" / "vllm", "serve", need.checkpoint.folder]
+        command += ["--served-model-name", need.checkpoint.name, "--dtype", "bfloat16"]
+        command += ["--max-model-len", need.context, "--max-num-seqs", need.slots]
+        command += ["--host", "127.0.0.1", "--port", port]
+        environment = {
+            "PATH": f"{VLLM / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in self._cores(index)),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        return ServerProcess(f"{self.kind}-{index}", command, port, "/health", environment)
+
+    def _cores(self, index: int) -> list[int]:
+        cores = sorted(os.sched_getaffinity(0))
+        return [cores[(index * self.threads + core) % len(cores)] for core in range(self.threads)]
+
+
+KINDS = {kind.kind: kind for kind in (CrossPool, LlamaCpp, VllmCpu)}
+
+
+def contender(name: str) -> Contender:
+    """``KIND:THREADS``, for instance ``llama.cpp:2``. Raises PeerError."""
+    kind, _, threads = name.partition(":")
+    if kind not in KINDS or not threads.isdecimal() or int(threads) < 1:
+        raise PeerError(f"no contender {name!r}; write {', '.join(f'{kind}:THREADS' for kind in KINDS)}")
+    return KINDS[kind](int(threads))
