@@ -1,0 +1,298 @@
+"""The attention half of a layer with latent attention (arXiv 2405.04434), for all tokens of a pass.
+
+Keys and values are never expanded: each head's matrices are applied to its query before attention and to the
+attended latent after it (section 2.1.2), so that a latent serves all heads as key and value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from crosspool.kernels.numba.attention import attend, attend_split, attention_mine_bytes, attention_room_bytes
+from crosspool.kernels.numba.attention_block import AttentionShape
+from crosspool.kernels.numba.batch import position_of, region_of
+from crosspool.kernels.numba.compile import inline, kernel
+from crosspool.kernels.numba.elements import element_bytes, narrow, widen
+from crosspool.kernels.numba.intrinsics import floats
+from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, units_of
+from crosspool.kernels.numba.matrix import Matrix, matrix_at
+from crosspool.kernels.numba.mla_fields import (
+    DTYPE,
+    EPSILON,
+    EXPAND_KEY,
+    EXPAND_VALUE,
+    HEADS,
+    INTERLEAVED,
+    LATENT,
+    LATENT_BIAS,
+    LATENT_NORM,
+    NOPE,
+    OUTPUT,
+    OUTPUT_BIAS,
+    QUERY,
+    QUERY_DOWN,
+    QUERY_DOWN_BIAS,
+    QUERY_NORM,
+    RANK,
+    ROTARY,
+    SCALE,
+    SCRATCH,
+    VALUE,
+)
+from crosspool.kernels.numba.norm import LANES, rms_norm
+from crosspool.kernels.numba.projection import project, projection_units
+from crosspool.kernels.numba.rope import rotate
+from crosspool.kernels.numba.team import claim, meet, share
+
+CACHE_LINE = 64
+
+
+class Room(NamedTuple):
+    """Addresses of the scratch that all threads share, for T tokens, in model dtype but for ``kept``.
+
+    As projected: ``latent`` [T, RANK + ROTARY], ``down`` [T, query rank] and ``heads`` [T, HEADS, NOPE +
+    ROTARY]. In latent space: ``query`` [T, HEADS, RANK + ROTARY], ``attended`` [T, HEADS, RANK]. ``values``
+    [T, HEADS, VALUE]; ``kept`` is attention's.
+    """
+
+    latent: int
+    down: int
+    heads: int
+    query: int
+    attended: int
+    values: int
+    kept: int
+
+
+@kernel
+def _room(room, fields, count):
+    """Where everything is, from address ``room`` on, each on cache lines of its own."""
+    rank, rotary, heads, size = fields[RANK], fields[ROTARY], fields[HEADS], _size(fields)
+    latent = _line(room)
+    down = _line(latent + count * size * (rank + rotary))
+    parts = _line(down + count * size * matrix_at(fields, QUERY_DOWN).rows)
+    query = _line(parts + count * size * heads * (fields[NOPE] + rotary))
+    attended = _line(query + count * size * heads * (rank + rotary))
+    values = _line(attended + count * size * heads * rank)
+    kept = _line(values + count * size * heads * fields[VALUE])
+    return Room(latent, down, parts, query, attended, values, kept)
+
+
+@inline
+def _line(address):
+    return -(-address // CACHE_LINE) * CACHE_LINE
+
+
+@inline
+def _size(fields):
+    """Bytes of an element of the model's type."""
+    return element_bytes(fields[DTYPE])
+
+
+@kernel
+def _shape(fields):
+    """What attention has to know."""
+    size, width = _size(fields), fields[RANK] + fields[ROTARY]
+    scale = fields.view(np.float64)[SCALE]
+    return AttentionShape(fields[HEADS], 1, width, fields[RANK], 0, width * size, width * size, scale)
+
+
+@inline
+def _key_of_head(fields, head):
+    """From a head's query to latent space: [RANK, NOPE]."""
+    stride = fields[NOPE] * _size(fields)
+    place = fields[EXPAND_KEY] + head * fields[RANK] * stride
+    return Matrix(place, stride, fields[RANK], fields[NOPE], fields[DTYPE], 0)
+
+
+@inline
+def _value_of_head(fields, head):
+    """From an attended latent to a head's value: [VALUE, RANK]."""
+    stride = fields[RANK] * _size(fields)
+    place = fields[EXPAND_VALUE] + head * fields[VALUE] * stride
+    return Matrix(place, stride, fields[VALUE], fields[RANK], fields[DTYPE], 0)
+
+
+def mla_room_bytes(fields: np.ndarray, tokens: int) -> int:
+    """Scratch shared by the team, for passes of up to ``tokens`` tokens."""
+    return CACHE_LINE + int(_room(0, fields, tokens).kept) + attention_room_bytes(_shape(fields))
+
+
+def mla_mine_bytes(fields: np.ndarray, rows: int) -> int:
+    """Scratch of each thread, for passes of up to ``rows`` rows."""
+    return int(fields[SCRATCH]) + attention_mine_bytes(_shape(fields), rows)
+
+
+@kernel
+def mla_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
+    """All threads together: add the attention of ``normed`` to the residual stream ``hidden``, both addresses
+    of [T, H] in model dtype, and write the pass's latents and rotary keys into their pages.
+
+    ``room`` and ``mine`` are the addresses of shared and own scratch, see mla_room_bytes and mla_mine_bytes.
+    Returns when every thread is done.
+    """
+    places = _room(room, fields, batch.queries)
+    _project(shared, own, fields, normed, batch, places, mine)
+    _absorb(shared, own, fields, batch, kv, places, mine)
+    kept = mine + fields[SCRATCH]
+    shape = _shape(fields)
+    attend(shared, own, shape, batch, kv, places.query, places.kept, kept, places.attended)
+    _expand(shared, own, fields, batch, kv, places, mine)
+    _contract(shared, own, fields, batch, places, mine, hidden)
+
+
+@inline
+def _project(shared, own, fields, normed, batch, room, mine):
+    """Latents and queries as projected."""
+    queries, dtype, size = batch.queries, batch.dtype, _size(fields)
+    latent, query, down = matrix_at(fields, LATENT), matrix_at(fields, QUERY), matrix_at(fields, QUERY_DOWN)
+    width = latent.columns * size
+    first = down if down.rows > 0 else query
+    out = room.down if down.rows > 0 else room.heads
+    units = projection_units(latent, queries)
+    share(own, units + projection_units(first, queries))
+    unit = claim(shared, own)
+    while unit >= 0:
+        if unit < units:
+            place, stride = room.latent, latent.rows * size
+            project(latent, fields[LATENT_BIAS], unit, normed, width, queries, dtype, place, stride, 0, mine)
+        else:
+            stride, bias = first.rows * size, fields[QUERY_DOWN_BIAS]
+            project(first, bias, unit - units, normed, width, queries, dtype, out, stride, 0, mine)
+        unit = claim(shared, own)
+    meet(shared, own)
+    if down.rows > 0:
+        _project_queries(shared, own, fields, batch, room, mine)
+
+
+@inline
+def _project_queries(shared, own, fields, batch, room, mine):
+    """The norm of the queries' own latent, and the queries."""
+    query, size = matrix_at(fields, QUERY), _size(fields)
+    width = query.columns * size
+    share(own, batch.queries)
+    token = claim(shared, own)
+    while token >= 0:
+        place = room.down + token * width
+        _norm(fields, place, query.columns, fields[QUERY_NORM], batch.dtype, place, mine)
+        token = claim(shared, own)
+    meet(shared, own)
+    stride = query.rows * size
+    share(own, projection_units(query, batch.queries))
+    unit = claim(shared, own)
+    while unit >= 0:
+        project(query, 0, unit, room.down, width, batch.queries, batch.dtype, room.heads, stride, 0, mine)
+        unit = claim(shared, own)
+    meet(shared, own)
+
+
+@kernel
+def _norm(fields, address, count, weight, dtype, out, mine):
+    """Norm ``count`` elements of a latent from one address to another."""
+    values, scratch = floats(mine, count), floats(mine + 4 * count, count + LANES)
+    widen(address, dtype, count, values)
+    rms_norm(values, count, weight, fields.view(np.float64)[EPSILON], dtype, scratch)
+    narrow(values, count, out, dtype)
+
+
+@inline
+def _absorb(shared, own, fields, batch, kv, room, mine):
+    """Every token's latent and rotary key into its page, every query into latent space, one unit a token or a
+    piece of a head."""
+    matrix = _key_of_head(fields, 0)
+    units = projection_units(matrix, batch.queries)
+    share(own, batch.queries + fields[HEADS] * units)
+    unit = claim(shared, own)
+    while unit >= 0:
+        if unit < batch.queries:
+            _write(fields, batch, kv, unit, room, mine)
+        else:
+            piece = unit - batch.queries
+            _absorb_head(fields, batch, piece // units, piece % units, room, mine)
+        unit = claim(shared, own)
+    meet(shared, own)
+
+
+@kernel
+def _write(fields, batch, kv, token, room, mine):
+    """A token's normed latent and rotated key into its page."""
+    rank, rotary, size = fields[RANK], fields[ROTARY], _size(fields)
+    position = position_of(batch, token)
+    region = region_of(batch, kv, batch.row_of[token], position // kv.tokens_per_page)
+    out = region + position % kv.tokens_per_page * (rank + rotary) * size
+    place = room.latent + token * (rank + rotary) * size
+    _norm(fields, place, rank, fields[LATENT_NORM], batch.dtype, out, mine)
+    _rotate(fields, batch, token, place + rank * size, out + rank * size, mine)
+
+
+@inline
+def _rotate(fields, batch, token, address, out, mine):
+    """The rotary part of a token's key or query, from one address to another."""
+    values = floats(mine, fields[ROTARY])
+    cos, sin = batch.cos[token * batch.half :], batch.sin[token * batch.half :]
+    widen(address, batch.dtype, fields[ROTARY], values)
+    rotate(values, batch.half, cos, sin, fields[INTERLEAVED], batch.dtype)
+    narrow(values, fields[ROTARY], out, batch.dtype)
+
+
+@kernel
+def _absorb_head(fields, batch, head, piece, room, mine):
+    """A piece of one head's product, and, with the first rows, the rotary part of its tokens."""
+    size, nope, rank = _size(fields), fields[NOPE], fields[RANK]
+    x_stride = fields[HEADS] * (nope + fields[ROTARY]) * size
+    out_stride = fields[HEADS] * (rank + fields[ROTARY]) * size
+    x = room.heads + head * (nope + fields[ROTARY]) * size
+    out = room.query + head * (rank + fields[ROTARY]) * size
+    matrix = _key_of_head(fields, head)
+    project(matrix, 0, piece, x, x_stride, batch.queries, batch.dtype, out, out_stride, 0, mine)
+    if piece % units_of(matrix) == 0:
+        begin = piece // units_of(matrix) * VECTORS_AT_ONCE
+        for token in range(begin, min(batch.queries, begin + VECTORS_AT_ONCE)):
+            part = x + token * x_stride + nope * size
+            _rotate(fields, batch, token, part, out + token * out_stride + rank * size, mine)
+
+
+@inline
+def _expand(shared, own, fields, batch, kv, room, mine):
+    """Attended latents into values. A unit is a head of a block of tokens: before it, what attention has kept
+    of them is put together."""
+    blocks = -(-batch.queries // VECTORS_AT_ONCE)
+    share(own, fields[HEADS] * blocks)
+    unit = claim(shared, own)
+    while unit >= 0:
+        _expand_head(fields, batch, kv, unit // blocks, unit % blocks, room, mine)
+        unit = claim(shared, own)
+    meet(shared, own)
+
+
+@kernel
+def _expand_head(fields, batch, kv, head, block, room, mine):
+    """One head of one block of tokens."""
+    begin = block * VECTORS_AT_ONCE
+    count = min(VECTORS_AT_ONCE, batch.queries - begin)
+    shape, kept = _shape(fields), mine + fields[SCRATCH]
+    for token in range(begin, begin + count):
+        attend_split(shape, batch, kv, token, head, room.kept, kept, room.attended)
+    rank, value, size = fields[RANK], fields[VALUE], _size(fields)
+    x_stride, out_stride = fields[HEADS] * rank * size, fields[HEADS] * value * size
+    x = room.attended + begin * x_stride + head * rank * size
+    out = room.values + begin * out_stride + head * value * size
+    matrix = _value_of_head(fields, head)
+    for piece in range(units_of(matrix)):
+        project(matrix, 0, piece, x, x_stride, count, batch.dtype, out, out_stride, 0, mine)
+
+
+@inline
+def _contract(shared, own, fields, batch, room, mine, hidden):
+    """The output projection, added to the residual stream."""
+    output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
+    x_stride, stride = output.columns * _size(fields), output.rows * _size(fields)
+    queries, dtype = batch.queries, batch.dtype
+    share(own, projection_units(output, queries))
+    unit = claim(shared, own)
+    while unit >= 0:
+        project(output, bias, unit, room.values, x_stride, queries, dtype, hidden, stride, 1, mine)
+        unit = claim(shared, own)
+    meet(shared, own)
