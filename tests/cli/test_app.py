@@ -13,7 +13,8 @@ from crosspool.core.errors import ConfigError, CrossPoolError, EngineDeadError
 
 pytestmark = pytest.mark.unit
 
-COMMANDS = [["serve"], ["chat"], ["models"], ["doctor"], ["demo"], ["demo", "build"], ["demo", "path"]]
+COMMANDS = [["serve"], ["chat"], ["bench"], ["models"], ["doctor"]]
+COMMANDS += [["demo"], ["demo", "build"], ["demo", "path"]]
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "huggingface_hub", "numpy")
 
 
