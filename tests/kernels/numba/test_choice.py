@@ -99,7 +99,7 @@ def test_tokens_are_the_references(vocab: int) -> None:
     assert refused < case / 2
 
 
-@pytest.mark.parametrize("spread", [1e-3, 2.0, 6.0])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 2.0, 6.0])
 def test_a_large_vocabulary(spread: float) -> None:
     logits = torch.randn(50_021, generator=torch.Generator().manual_seed(1)) * spread
     for index in range(20):

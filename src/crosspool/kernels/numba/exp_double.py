@@ -39,7 +39,7 @@ def _fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def _bits_of_double(typing: Any, value: Any) -> Any:
+def bits_of_double(typing: Any, value: Any) -> Any:
     """The bits (int64) of a float64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -49,7 +49,7 @@ def _bits_of_double(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _double_of_bits(typing: Any, bits: Any) -> Any:
+def double_of_bits(typing: Any, bits: Any) -> Any:
     """The float64 whose bits these (int64) are."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -73,7 +73,7 @@ def exp_of_negative(x):
     x = x if x > LOWEST else LOWEST
     shifted = _fused(x, LOG2_E, ROUNDS)
     n = shifted - ROUNDS
-    power = _bits_of_double(shifted) - ROUNDS_BITS
+    power = bits_of_double(shifted) - ROUNDS_BITS
     r = _fused(-n, LN2_LOW, _fused(-n, LN2_HIGH, x))
     series = _fused(r, _fused(r, C13, C12), C11)
     series = _fused(r, _fused(r, _fused(r, series, C10), C9), C8)
@@ -87,4 +87,4 @@ def exp_of_negative(x):
 @inline
 def _power_of_two(n):
     """2 to the power of an int64 from -1022 to 1023."""
-    return _double_of_bits((n + 1023) << 52)
+    return double_of_bits((n + 1023) << 52)

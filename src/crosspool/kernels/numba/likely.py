@@ -9,8 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from crosspool.kernels.numba.compile import inline, kernel
+from crosspool.kernels.numba.exp_double import bits_of_double, double_of_bits
 from crosspool.kernels.numba.random_draw import add_up
 from crosspool.kernels.numba.ranking import ROOT, best_of, make_heap, settle
+
+FEW = 256
+"""So many candidates of top_p are put in order; more are first sorted out by their size."""
 
 
 @kernel
@@ -51,10 +55,45 @@ def _end_of_nucleus(weights, count, total, top_p, values, ids):
         if weights[i] >= bound:
             values[left], ids[left] = weights[i], i
             left += 1
+    left, reached = _narrow(values, ids, left, bound, top_p * total)
     make_heap(values, ids, left)
-    reached = values[0]
+    reached += values[0]
     while reached < top_p * total and left > 1:
         left -= 1
         settle(values, ids, ROOT, left, values[left], ids[left])
         reached += values[0]
     return values[0], ids[0]
+
+
+@kernel
+def _narrow(values, ids, count, low, target):
+    """Leave few of ``count`` candidates, weights from ``low`` to 1, by halving the range of the bits of a
+    weight.
+
+    Returns how many are left, those among which the sum from the largest down reaches ``target``, and the
+    sum of those dropped that are larger.
+    """
+    first, end = bits_of_double(low), bits_of_double(1.0) + 1
+    reached = 0.0
+    while count > FEW and end - first > 1:
+        middle = first + (end - first) // 2
+        pivot = double_of_bits(middle)
+        larger, above = np.int64(0), 0.0
+        for i in range(count):
+            larger += values[i] >= pivot
+            above += values[i] if values[i] >= pivot else 0.0
+        is_above = reached + above >= target
+        if larger == count and not is_above:
+            break  # Rounding: they do not reach the target at all, and the last is the end.
+        kept = np.int64(0)
+        for i in range(count):
+            value, identifier = values[i], ids[i]
+            values[kept], ids[kept] = value, identifier
+            kept += (value >= pivot) == is_above
+        count = kept
+        if is_above:
+            first = middle
+        else:
+            end = middle
+            reached += above
+    return count, reached
