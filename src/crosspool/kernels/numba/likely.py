@@ -55,7 +55,14 @@ def _end_of_nucleus(weights, count, total, top_p, values, ids):
         if weights[i] >= bound:
             values[left], ids[left] = weights[i], i
             left += 1
-    left, reached = _narrow(values, ids, left, bound, top_p * total)
+    left, reached, equal = _narrow(values, ids, left, bound, top_p * total)
+    if equal:
+        place = np.int64(0)
+        reached += values[0]
+        while reached < top_p * total and place < left - 1:
+            place += 1
+            reached += values[place]
+        return values[place], ids[place]
     make_heap(values, ids, left)
     reached += values[0]
     while reached < top_p * total and left > 1:
@@ -70,8 +77,8 @@ def _narrow(values, ids, count, low, target):
     """Leave few of ``count`` candidates, weights from ``low`` to 1, by halving the range of the bits of a
     weight.
 
-    Returns how many are left, those among which the sum from the largest down reaches ``target``, and the
-    sum of those dropped that are larger.
+    Returns how many are left, those among which the sum from the largest down reaches ``target``; the sum of
+    those dropped that are larger; and whether those left are all equal. The lowest id stays the first.
     """
     first, end = bits_of_double(low), bits_of_double(1.0) + 1
     reached = 0.0
@@ -96,4 +103,4 @@ def _narrow(values, ids, count, low, target):
         else:
             end = middle
             reached += above
-    return count, reached
+    return count, reached, end - first <= 1
