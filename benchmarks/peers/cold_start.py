@@ -9,28 +9,37 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from peers.checkpoints import Checkpoint, prepare
+from peers.checkpoints import KINDS, prepare
 from peers.load import closed_loop
 from peers.one_model import CONTENDERS, SLOTS
-from peers.plan import Bench, Sizes
-from peers.servers import Contender, Need, contender
+from peers.plan import Bench, Experiment, Sizes
+from peers.servers import Contender, Need
 from peers.turns import Measured, Result, take_turns
 
-EXPERIMENTS = {"cold-start": "process start to first token; peak memory after a prompt and four streams"}
+EXPERIMENTS = (
+    Experiment(
+        "cold-start",
+        "process start to first token, and memory after a prompt and four streams",
+        CONTENDERS,
+        KINDS,
+    ),
+)
 
 
-def run(bench: Bench, names: Sequence[str]) -> Iterator[Result]:
-    contenders = bench.contenders or [contender(name) for name in CONTENDERS]
-    for checkpoint in prepare(bench.models).values():
-        measures = {one.name: partial(measure, one, checkpoint, bench.sizes) for one in contenders}
-        for name in names:
-            turns = take_turns(measures, bench.sizes.starts, bench.limit, warm_up=False)
-            yield Result(name, checkpoint.name, turns)
+def run(bench: Bench, experiments: Sequence[Experiment]) -> Iterator[Result]:
+    (experiment,) = experiments
+    contenders, sizes = bench.contenders_of(experiment), bench.sizes
+    for checkpoint in prepare(bench.models_of(experiment)).values():
+        needs = [Need(checkpoint, SLOTS, sizes.prompt + sizes.short_prompt + sizes.output)]
+        measures = {one.name: partial(measure, one, needs, sizes) for one in contenders}
+        turns = take_turns(measures, sizes.starts, bench.limit, warm_up=False)
+        commands = {one.name: one.commands(needs) for one in contenders}
+        yield Result(experiment.name, checkpoint.name, turns, commands)
 
 
-def measure(one: Contender, checkpoint: Checkpoint, sizes: Sizes, number: int) -> Measured:
-    context = sizes.prompt + sizes.short_prompt + sizes.output
-    with one.serve([Need(checkpoint, SLOTS, context)]) as deployment, deployment.awake():
+def measure(one: Contender, needs: Sequence[Need], sizes: Sizes, number: int) -> Measured:
+    (checkpoint,) = [need.checkpoint for need in needs]
+    with one.serve(needs) as deployment, deployment.awake():
         endpoint = deployment.endpoints[checkpoint.name]
         (stream,) = closed_loop(endpoint, streams=1, prompt_tokens=8, output_tokens=8, seed=number)
         seconds = stream.events[0] - deployment.started

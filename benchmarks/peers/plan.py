@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peers.bandwidth import ReadBandwidth
-from peers.servers import Contender
+from peers.servers import Contender, contender
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ QUICK = Sizes(
     rounds=3,
     ttft_rounds=2,
     starts=1,
-    output=24,
+    output=64,
     prompt=128,
     long_prompt=512,
     together_repeats=1,
-    alone_output=48,
+    alone_output=64,
     busy_seconds=8.0,
     busy_prompt=200,
     busy_period=4.0,
@@ -43,10 +43,29 @@ QUICK = Sizes(
 
 
 @dataclass(frozen=True, slots=True)
+class Experiment:
+    """What is measured, on which contenders and models if nothing else is asked for.
+
+    ``models`` is empty where they are part of the question. The first contender is compared with the others.
+    """
+
+    name: str
+    what: str
+    contenders: tuple[str, ...]
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
-    """One run. ``contenders`` None: each experiment has its own default."""
+    """One run. Without ``models`` or ``contenders``, every experiment has its own."""
 
     sizes: Sizes
     limit: ReadBandwidth
-    models: tuple[str, ...]
-    contenders: tuple[Contender, ...] | None
+    models: tuple[str, ...] = ()
+    contenders: tuple[Contender, ...] = ()
+
+    def models_of(self, experiment: Experiment) -> tuple[str, ...]:
+        return self.models or experiment.models
+
+    def contenders_of(self, experiment: Experiment) -> tuple[Contender, ...]:
+        return self.contenders or tuple(contender(name) for name in experiment.contenders)

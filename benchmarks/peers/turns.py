@@ -52,6 +52,8 @@ class Result:
     experiment: str
     subject: str
     turns: tuple[Turn, ...]
+    commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of each contender, how its servers were started."""
 
     @property
     def contenders(self) -> list[str]:
