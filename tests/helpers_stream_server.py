@@ -117,6 +117,7 @@ def stream_server(**models: Behaviour) -> Iterator[StreamServer]:
     config = uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, lifespan="off", ws="none")
     runner = uvicorn.Server(config)
     socket = config.bind_socket()
+    socket.listen()  # so that clients wait until the server has started, instead of being refused
     server.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]})
     thread.start()

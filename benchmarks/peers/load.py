@@ -7,7 +7,6 @@ of tokens is the server's own (``usage``), and all requests are made so that it 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -15,10 +14,21 @@ from dataclasses import dataclass
 
 import httpx
 
+from crosspool.bench.client import Record, new_client, send
+from crosspool.bench.dialect import completion
+from crosspool.bench.prompts import TOKEN_IDS, random_token_ids
 from peers.places import PeerError
 
-FIRST_TOKEN, LAST_TOKEN = 100, 20_000
-"""Prompts are drawn from these token ids: ordinary words, no special tokens."""
+__all__ = [
+    "Endpoint",
+    "Stream",
+    "closed_loop",
+    "complete",
+    "decode_rate",
+    "follow",
+    "make_prompt",
+    "new_client",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +64,21 @@ class Stream:
 
 
 def make_prompt(rng: random.Random, tokens: int) -> list[int]:
-    return [rng.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(tokens)]
-
-
-def new_client() -> httpx.AsyncClient:
-    """A client that waits as long as it takes."""
-    return httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
+    return random_token_ids(rng, tokens, TOKEN_IDS)
 
 
 async def complete(
     client: httpx.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], max_tokens: int
 ) -> Stream:
     """Send one request and read its stream to the end. Raises PeerError for any answer but so many tokens."""
-    events: list[float] = []
-    sent = time.perf_counter()
-    tokens = await follow(client, endpoint, prompt, max_tokens, events)
-    if tokens != max_tokens or not events:
-        raise PeerError(f"{endpoint.model} made {tokens} tokens in {len(events)} events, not {max_tokens}")
-    return Stream(sent, tuple(events), tokens)
+    record = _record(endpoint, max_tokens, [])
+    await _send(client, endpoint, prompt, record)
+    if record.output_tokens != max_tokens or not record.events:
+        raise PeerError(
+            f"{endpoint.model} made {record.output_tokens} tokens in {len(record.events)} events, "
+            f"not {max_tokens}"
+        )
+    return Stream(record.sent, tuple(record.events), max_tokens)
 
 
 async def follow(
@@ -85,30 +92,21 @@ async def follow(
 
     Whoever cancels it finds in ``events`` what came until then. Raises PeerError for an error of the server.
     """
-    body = {
-        "model": endpoint.model,
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    tokens = None
-    async with client.stream("POST", f"{endpoint.url}/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            reason = (await response.aread()).decode(errors="replace")
-            raise PeerError(f"{endpoint.model} answered {response.status_code}: {reason[:500]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            now, event = time.perf_counter(), json.loads(line[6:])
-            if "error" in event:
-                raise PeerError(f"{endpoint.model}: {event['error']}")
-            if event["choices"] and event["choices"][0].get("text"):
-                events.append(now)
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return tokens
+    record = _record(endpoint, max_tokens, events)
+    await _send(client, endpoint, prompt, record)
+    return record.output_tokens
+
+
+def _record(endpoint: Endpoint, max_tokens: int, events: list[float]) -> Record:
+    now = time.perf_counter()
+    return Record(endpoint.model, max_tokens, now, now, events)
+
+
+async def _send(client: httpx.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], record: Record) -> None:
+    request = completion(endpoint.model, prompt, record.wanted_tokens, server=endpoint.url)
+    await send(client, request, record=record)
+    if record.failure is not None:
+        raise PeerError(f"{endpoint.model}: {record.failure.kind}: {record.failure.message}")
 
 
 def closed_loop(

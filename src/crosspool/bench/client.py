@@ -29,7 +29,10 @@ TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is posted: JSON that asks ``model`` for a stream of at most ``output_tokens``."""
+    """What is posted: JSON that asks ``model`` for a stream of at most ``output_tokens``.
+
+    ``path`` comes after the client's URL, or is a whole URL.
+    """
 
     model: str
     path: str
@@ -79,8 +82,11 @@ class Record:
         return len(self.events) if self.output_tokens is None else self.output_tokens
 
 
-def new_client(url: str, api_key: str | None = None) -> httpx.AsyncClient:
-    """A client without limits of its own: ``send`` sets them. Raises ConfigError."""
+def new_client(url: str = "", api_key: str | None = None) -> httpx.AsyncClient:
+    """A client without limits of its own: ``send`` sets them. Without ``url`` it asks any server.
+
+    Raises ConfigError.
+    """
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise ConfigError("the API key must be printable ASCII text that is not empty")
     headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}

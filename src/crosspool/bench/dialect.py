@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import product
@@ -43,6 +44,23 @@ OPTIONAL: dict[Fields, dict[str, Any]] = {
 }
 
 
+def completion(
+    model: str,
+    prompt: Sequence[int] | str,
+    output_tokens: int,
+    *,
+    server: str = "",
+    fields: Fields = Fields.EXACT,
+) -> Request:
+    """A request to continue ``prompt``. ``server``: its URL, if the client has none."""
+    return _request(f"{server}/v1/completions", model, output_tokens, fields, prompt=prompt)
+
+
+def _request(path: str, model: str, output_tokens: int, fields: Fields, **asked: object) -> Request:
+    body = {"model": model, **asked, "max_tokens": output_tokens, "stream": True, **OPTIONAL[fields]}
+    return Request(model, path, json.dumps(body).encode(), output_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """``refusal`` is what the server said to the most exact way, if it did not take that."""
@@ -55,21 +73,14 @@ class Dialect:
         self, rng: random.Random, model: str, prompt_tokens: int, output_tokens: int, ids: Span
     ) -> Request:
         """A request with a random prompt. ``ids``: which token ids prompts are made of."""
-        body: dict[str, Any] = {
-            "model": model,
-            "max_tokens": output_tokens,
-            "stream": True,
-            **OPTIONAL[self.fields],
-        }
-        match self.prompt:
-            case Prompt.TOKEN_IDS:
-                body["prompt"] = random_token_ids(rng, prompt_tokens, ids)
-            case Prompt.TEXT:
-                body["prompt"] = random_text(rng, prompt_tokens)
-            case Prompt.CHAT:
-                body["messages"] = [{"role": "user", "content": random_text(rng, prompt_tokens)}]
-        route = "chat/completions" if self.prompt is Prompt.CHAT else "completions"
-        return Request(model, f"/v1/{route}", json.dumps(body).encode(), output_tokens)
+        if self.prompt is Prompt.TOKEN_IDS:
+            drawn = random_token_ids(rng, prompt_tokens, ids)
+            return completion(model, drawn, output_tokens, fields=self.fields)
+        text = random_text(rng, prompt_tokens)
+        if self.prompt is Prompt.TEXT:
+            return completion(model, text, output_tokens, fields=self.fields)
+        messages = [{"role": "user", "content": text}]
+        return _request("/v1/chat/completions", model, output_tokens, self.fields, messages=messages)
 
 
 async def find_dialect(client: httpx.AsyncClient, model: str, ids: Span, timeout: float) -> Dialect:

@@ -44,6 +44,10 @@ class Span:
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
 
 
+TOKEN_IDS = Span(100, 20_000)
+"""In the usual vocabularies: ordinary words, no special tokens."""
+
+
 def random_token_ids(rng: random.Random, tokens: int, ids: Span) -> list[int]:
     return rng.choices(range(ids.low, ids.high + 1), k=tokens)
 

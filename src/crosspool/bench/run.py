@@ -17,13 +17,11 @@ import httpx
 from crosspool.bench.arrivals import closed_loop, open_loop, poisson
 from crosspool.bench.client import Record, Request, new_client, send
 from crosspool.bench.dialect import Dialect, find_dialect, list_models
-from crosspool.bench.prompts import Span
+from crosspool.bench.prompts import TOKEN_IDS, Span
 from crosspool.bench.server_use import ServerWatch
 from crosspool.core.errors import ConfigError
 
 OBSERVE_SECONDS = 1.0
-TOKEN_IDS = Span(100, 20_000)
-"""In the usual vocabularies: ordinary words, no special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
