@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from crosspool.bench.client import Record, new_client, send
-from crosspool.bench.dialect import Dialect, Fields, Prompt
+from crosspool.bench.dialect import Dialect, Fields, Prompt, completion
 from crosspool.bench.prompts import Span
 from crosspool.bench.sse import EventLines
 from crosspool.core.errors import ConfigError
@@ -43,6 +43,16 @@ async def test_every_event_with_text_has_its_time(dialect: Dialect) -> None:
     assert record.ended is not None and record.ended >= record.events[-1]
     assert server.keys == {"Bearer secret"}
     assert server.models["a"].bodies[0]["ignore_eos"] is True
+
+
+async def test_one_client_can_ask_several_servers() -> None:
+    with stream_server(a=Behaviour()) as one, stream_server(a=Behaviour()) as other:
+        async with new_client() as client:
+            for server in (one, other):
+                record = await send(client, completion("a", [5, 6, 7], 4, server=server.url), timeout=20)
+                assert (record.prompt_tokens, record.output_tokens) == (3, 4)
+    assert [len(server.models["a"].bodies) for server in (one, other)] == [1, 1]
+    assert one.models["a"].bodies[0]["prompt"] == [5, 6, 7]
 
 
 async def test_two_tokens_in_one_event() -> None:
