@@ -12,10 +12,19 @@ import numpy as np
 
 from crosspool.kernels.numba.attention import attend, attend_split, attention_mine_bytes, attention_room_bytes
 from crosspool.kernels.numba.attention_block import AttentionShape
+from crosspool.kernels.numba.attention_parts import (
+    ADDS,
+    CACHE_LINE,
+    NO_BIAS,
+    STORES,
+    next_line,
+    norm_piece,
+    project_all,
+    rotate_piece,
+)
 from crosspool.kernels.numba.batch import position_of, region_of
 from crosspool.kernels.numba.compile import inline, kernel
-from crosspool.kernels.numba.elements import element_bytes, narrow, widen
-from crosspool.kernels.numba.intrinsics import floats
+from crosspool.kernels.numba.elements import element_bytes
 from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, units_of
 from crosspool.kernels.numba.matrix import Matrix, matrix_at
 from crosspool.kernels.numba.mla_fields import (
@@ -41,12 +50,8 @@ from crosspool.kernels.numba.mla_fields import (
     SCRATCH,
     VALUE,
 )
-from crosspool.kernels.numba.norm import LANES, rms_norm
 from crosspool.kernels.numba.projection import project, projection_units
-from crosspool.kernels.numba.rope import rotate
 from crosspool.kernels.numba.team import claim, meet, share
-
-CACHE_LINE = 64
 
 
 class Room(NamedTuple):
@@ -70,19 +75,14 @@ class Room(NamedTuple):
 def _room(room, fields, count):
     """Where everything is, from address ``room`` on, each on cache lines of its own."""
     rank, rotary, heads, size = fields[RANK], fields[ROTARY], fields[HEADS], _size(fields)
-    latent = _line(room)
-    down = _line(latent + count * size * (rank + rotary))
-    parts = _line(down + count * size * matrix_at(fields, QUERY_DOWN).rows)
-    query = _line(parts + count * size * heads * (fields[NOPE] + rotary))
-    attended = _line(query + count * size * heads * (rank + rotary))
-    values = _line(attended + count * size * heads * rank)
-    kept = _line(values + count * size * heads * fields[VALUE])
+    latent = next_line(room)
+    down = next_line(latent + count * size * (rank + rotary))
+    parts = next_line(down + count * size * matrix_at(fields, QUERY_DOWN).rows)
+    query = next_line(parts + count * size * heads * (fields[NOPE] + rotary))
+    attended = next_line(query + count * size * heads * (rank + rotary))
+    values = next_line(attended + count * size * heads * rank)
+    kept = next_line(values + count * size * heads * fields[VALUE])
     return Room(latent, down, parts, query, attended, values, kept)
-
-
-@inline
-def _line(address):
-    return -(-address // CACHE_LINE) * CACHE_LINE
 
 
 @inline
@@ -140,10 +140,11 @@ def mla_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
     shape = _shape(fields)
     attend(shared, own, shape, batch, kv, places.query, places.kept, kept, places.attended)
     _expand(shared, own, fields, batch, kv, places, mine)
-    _contract(shared, own, fields, batch, places, mine, hidden)
+    output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
+    project_all(shared, own, output, bias, places.values, batch, hidden, ADDS, mine)
 
 
-@inline
+@kernel
 def _project(shared, own, fields, normed, batch, room, mine):
     """Latents and queries as projected."""
     queries, dtype, size = batch.queries, batch.dtype, _size(fields)
@@ -157,47 +158,34 @@ def _project(shared, own, fields, normed, batch, room, mine):
     while unit >= 0:
         if unit < units:
             place, stride = room.latent, latent.rows * size
-            project(latent, fields[LATENT_BIAS], unit, normed, width, queries, dtype, place, stride, 0, mine)
+            project(
+                latent, fields[LATENT_BIAS], unit, normed, width, queries, dtype, place, stride, STORES, mine
+            )
         else:
             stride, bias = first.rows * size, fields[QUERY_DOWN_BIAS]
-            project(first, bias, unit - units, normed, width, queries, dtype, out, stride, 0, mine)
+            project(first, bias, unit - units, normed, width, queries, dtype, out, stride, STORES, mine)
         unit = claim(shared, own)
     meet(shared, own)
     if down.rows > 0:
         _project_queries(shared, own, fields, batch, room, mine)
 
 
-@inline
+@kernel
 def _project_queries(shared, own, fields, batch, room, mine):
     """The norm of the queries' own latent, and the queries."""
-    query, size = matrix_at(fields, QUERY), _size(fields)
-    width = query.columns * size
+    query = matrix_at(fields, QUERY)
+    rank, weight, epsilon = query.columns, fields[QUERY_NORM], fields.view(np.float64)[EPSILON]
     share(own, batch.queries)
     token = claim(shared, own)
     while token >= 0:
-        place = room.down + token * width
-        _norm(fields, place, query.columns, fields[QUERY_NORM], batch.dtype, place, mine)
+        place = room.down + token * rank * _size(fields)
+        norm_piece(place, rank, weight, epsilon, batch.dtype, place, mine)
         token = claim(shared, own)
     meet(shared, own)
-    stride = query.rows * size
-    share(own, projection_units(query, batch.queries))
-    unit = claim(shared, own)
-    while unit >= 0:
-        project(query, 0, unit, room.down, width, batch.queries, batch.dtype, room.heads, stride, 0, mine)
-        unit = claim(shared, own)
-    meet(shared, own)
+    project_all(shared, own, query, NO_BIAS, room.down, batch, room.heads, STORES, mine)
 
 
 @kernel
-def _norm(fields, address, count, weight, dtype, out, mine):
-    """Norm ``count`` elements of a latent from one address to another."""
-    values, scratch = floats(mine, count), floats(mine + 4 * count, count + LANES)
-    widen(address, dtype, count, values)
-    rms_norm(values, count, weight, fields.view(np.float64)[EPSILON], dtype, scratch)
-    narrow(values, count, out, dtype)
-
-
-@inline
 def _absorb(shared, own, fields, batch, kv, room, mine):
     """Every token's latent and rotary key into its page, every query into latent space, one unit a token or a
     piece of a head."""
@@ -223,18 +211,9 @@ def _write(fields, batch, kv, token, room, mine):
     region = region_of(batch, kv, batch.row_of[token], position // kv.tokens_per_page)
     out = region + position % kv.tokens_per_page * (rank + rotary) * size
     place = room.latent + token * (rank + rotary) * size
-    _norm(fields, place, rank, fields[LATENT_NORM], batch.dtype, out, mine)
-    _rotate(fields, batch, token, place + rank * size, out + rank * size, mine)
-
-
-@inline
-def _rotate(fields, batch, token, address, out, mine):
-    """The rotary part of a token's key or query, from one address to another."""
-    values = floats(mine, fields[ROTARY])
-    cos, sin = batch.cos[token * batch.half :], batch.sin[token * batch.half :]
-    widen(address, batch.dtype, fields[ROTARY], values)
-    rotate(values, batch.half, cos, sin, fields[INTERLEAVED], batch.dtype)
-    narrow(values, fields[ROTARY], out, batch.dtype)
+    norm_piece(place, rank, fields[LATENT_NORM], fields.view(np.float64)[EPSILON], batch.dtype, out, mine)
+    part = place + rank * size
+    rotate_piece(batch, token, part, rotary, fields[INTERLEAVED], out + rank * size, mine)
 
 
 @kernel
@@ -246,15 +225,16 @@ def _absorb_head(fields, batch, head, piece, room, mine):
     x = room.heads + head * (nope + fields[ROTARY]) * size
     out = room.query + head * (rank + fields[ROTARY]) * size
     matrix = _key_of_head(fields, head)
-    project(matrix, 0, piece, x, x_stride, batch.queries, batch.dtype, out, out_stride, 0, mine)
+    project(matrix, NO_BIAS, piece, x, x_stride, batch.queries, batch.dtype, out, out_stride, STORES, mine)
     if piece % units_of(matrix) == 0:
         begin = piece // units_of(matrix) * VECTORS_AT_ONCE
         for token in range(begin, min(batch.queries, begin + VECTORS_AT_ONCE)):
             part = x + token * x_stride + nope * size
-            _rotate(fields, batch, token, part, out + token * out_stride + rank * size, mine)
+            place = out + token * out_stride + rank * size
+            rotate_piece(batch, token, part, fields[ROTARY], fields[INTERLEAVED], place, mine)
 
 
-@inline
+@kernel
 def _expand(shared, own, fields, batch, kv, room, mine):
     """Attended latents into values. A unit is a head of a block of tokens: before it, what attention has kept
     of them is put together."""
@@ -281,18 +261,4 @@ def _expand_head(fields, batch, kv, head, block, room, mine):
     out = room.values + begin * out_stride + head * value * size
     matrix = _value_of_head(fields, head)
     for piece in range(units_of(matrix)):
-        project(matrix, 0, piece, x, x_stride, count, batch.dtype, out, out_stride, 0, mine)
-
-
-@inline
-def _contract(shared, own, fields, batch, room, mine, hidden):
-    """The output projection, added to the residual stream."""
-    output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
-    x_stride, stride = output.columns * _size(fields), output.rows * _size(fields)
-    queries, dtype = batch.queries, batch.dtype
-    share(own, projection_units(output, queries))
-    unit = claim(shared, own)
-    while unit >= 0:
-        project(output, bias, unit, room.values, x_stride, queries, dtype, hidden, stride, 1, mine)
-        unit = claim(shared, own)
-    meet(shared, own)
+        project(matrix, NO_BIAS, piece, x, x_stride, count, batch.dtype, out, out_stride, STORES, mine)

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from crosspool.kernels.numba.elements import INT8
+from crosspool.kernels.numba.attention_fields import address_of, check_types, piece_mine_bytes
 from crosspool.kernels.numba.matrix import CODES, MATRIX_WORDS, Matrix, Weight, describe_matrix
-from crosspool.kernels.numba.norm import LANES
 from crosspool.kernels.numba.projection import projection_mine_bytes
 
 QUERY, LATENT, OUTPUT, QUERY_DOWN = (MATRIX_WORDS * i for i in range(4))
@@ -55,25 +54,23 @@ def describe_mla(
     query, latent, output = (describe_matrix(w) for w in (weights.query, weights.latent, weights.output))
     down = Matrix(0, 0, 0, 0, 0, 0) if weights.query_down is None else describe_matrix(weights.query_down)
     _check(weights, query, latent, output, down, rotary)
+    matrices = (weights.query, weights.latent, weights.output, weights.query_down)
+    norms = (weights.latent_norm, weights.query_norm)
+    vectors = (*norms, weights.latent_bias, weights.output_bias, weights.query_down_bias)
+    check_types(matrices, (*vectors, weights.expand_value), weights.expand_key.dtype)
     turned = weights.expand_key.transpose(1, 2).contiguous()
     fields = np.zeros(MLA_WORDS, np.int64)
     fields[:EXPAND_KEY] = (*query, *latent, *output, *down)
     fields[EXPAND_KEY], fields[EXPAND_VALUE] = turned.data_ptr(), weights.expand_value.data_ptr()
-    fields[LATENT_NORM], fields[QUERY_NORM] = _address(weights.latent_norm), _address(weights.query_norm)
-    fields[LATENT_BIAS], fields[OUTPUT_BIAS] = _address(weights.latent_bias), _address(weights.output_bias)
-    fields[QUERY_DOWN_BIAS] = _address(weights.query_down_bias)
+    fields[LATENT_NORM:HEADS] = [address_of(vector) for vector in vectors]
     fields[HEADS:DTYPE] = heads, rank, nope, rotary, value
     fields.view(np.float64)[SCALE], fields.view(np.float64)[EPSILON] = scale, epsilon
     fields[DTYPE], fields[INTERLEAVED] = CODES[turned.dtype], interleaved
     key, values = describe_matrix(turned[0]), describe_matrix(weights.expand_value[0])
     products = max(projection_mine_bytes(matrix) for matrix in (query, latent, output, down, key, values))
-    norms = 4 * (2 * max(rank, rotary, down.rows) + LANES)
-    fields[SCRATCH] = -(-max(products, norms) // 8) * 8
+    pieces = piece_mine_bytes(max(rank, rotary, down.rows))
+    fields[SCRATCH] = -(-max(products, pieces) // 8) * 8
     return fields, turned
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check(
@@ -97,12 +94,3 @@ def _check(
             f"does not fit: query {query}, latent {latent}, output {output}, query down {down}, expand value "
             f"{list(weights.expand_value.shape)}"
         )
-    for matrix in (query, latent, output, down):
-        if matrix.rows and matrix.dtype not in (CODES[weights.expand_key.dtype], INT8):
-            raise ValueError(f"{matrix} is neither int8 nor {weights.expand_key.dtype}")
-    small = (weights.latent_norm, weights.query_norm, weights.latent_bias, weights.output_bias)
-    for tensor in (*small, weights.query_down_bias, weights.expand_value):
-        if tensor is not None and (not tensor.is_contiguous() or tensor.dtype != weights.expand_key.dtype):
-            raise ValueError(
-                f"{tensor.dtype} {list(tensor.shape)} is not contiguous in {weights.expand_key.dtype}"
-            )
