@@ -26,6 +26,8 @@ from crosspool.workers.attention import AttentionWorker
 from crosspool.workers.clock import MonotonicClock
 from crosspool.workers.executor import ThreadedExecutor
 from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
+from crosspool.workers.resident.executor import ResidentExecutor
+from crosspool.workers.resident.model import ResidentModel
 
 PROMPTS = [[5, 17, 3], list(range(1, 40)), [9], [60, 61, 62, 63, 64, 65, 66, 67]]
 GQA, MLA = 0, 1
@@ -114,10 +116,48 @@ class Rig:
         kv_devices: Sequence[str] = ("cpu:0",),
         weights_devices: Sequence[str] = ("cpu:0",),
         sharding: Sharding = Sharding.LAYER,
+        *,
+        resident: bool = False,
+        threads: int = 1,
+        tasks: int | None = None,
     ) -> None:
         self.models = models
         topology = Topology(tuple(kv_devices), tuple(weights_devices), sharding)
         self.arenas = [torch.full((NUM_PAGES, PAGE_BYTES), 255, dtype=torch.uint8) for _ in kv_devices]
+        make = self._resident if resident else self._threaded
+        self.executor = make(topology, make_backends(topology.teams, threads), tasks)
+        self.free = [list(range(NUM_PAGES)) for _ in kv_devices]
+        for device, pages in enumerate(self.free):
+            random.Random(device).shuffle(pages)
+        self.sequences: dict[RequestId, HandMade] = {}
+        self.retired: dict[GrantId, RetiredEvent] = {}
+        self._rows: dict[GrantId, list[tuple[HandMade, int]]] = {}
+
+    def _shards(self, topology: Topology) -> Iterator[tuple[int, int, int, int, FfnWeights]]:
+        """(model, layer, part, device, weights) of every FFN's every part."""
+        for index, model in enumerate(self.models):
+            for layer, weights in enumerate(model.ffns):
+                devices = topology.ffn_devices(layer)
+                for part, device in enumerate(devices):
+                    yield index, layer, part, device, shard_ffn(weights, part, len(devices))
+
+    def _resident(self, topology: Topology, backends, tasks: int | None) -> ResidentExecutor:
+        parts = len(topology.ffn_devices(0))
+        models = [ResidentModel(m.spec, m.layout, m.weights, parts=parts) for m in self.models]
+        for model, layer, part, _, shard in self._shards(topology):
+            models[model].put_ffn(layer, part, shard)
+        return ResidentExecutor(
+            topology,
+            backends,
+            self.arenas,
+            {ModelIndex(i): model for i, model in enumerate(models)},
+            most_tokens=512,
+            most_rows=32,
+            tasks=tasks,
+        )
+
+    def _threaded(self, topology: Topology, backends, tasks: int | None) -> ThreadedExecutor:
+        models = self.models
         attention = [
             AttentionWorker(
                 {ModelIndex(i): AttentionSide(m.spec, m.layout, m.weights) for i, m in enumerate(models)},
@@ -125,28 +165,18 @@ class Rig:
             )
             for arena in self.arenas
         ]
-        tables = [WeightTable() for _ in weights_devices]
-        for index, model in enumerate(models):
-            for layer, weights in enumerate(model.ffns):
-                devices = topology.ffn_devices(layer)
-                for part, device in enumerate(devices):
-                    shard = shard_ffn(weights, part, len(devices))
-                    row = WeightRow(model.spec.layers[layer].ffn, shard)
-                    tables[device].put(ModelIndex(index), layer, row)
-        self.executor = ThreadedExecutor(
+        tables = [WeightTable() for _ in topology.weights_devices]
+        for index, layer, _, device, shard in self._shards(topology):
+            row = WeightRow(models[index].spec.layers[layer].ffn, shard)
+            tables[device].put(ModelIndex(index), layer, row)
+        return ThreadedExecutor(
             topology,
-            make_backends(topology.teams, threads=1),
+            backends,
             attention,
             [FfnWorker(table) for table in tables],
             {ModelIndex(i): model.spec.num_layers for i, model in enumerate(models)},
             MonotonicClock(),
         )
-        self.free = [list(range(NUM_PAGES)) for _ in kv_devices]
-        for device, pages in enumerate(self.free):
-            random.Random(device).shuffle(pages)
-        self.sequences: dict[RequestId, HandMade] = {}
-        self.retired: dict[GrantId, RetiredEvent] = {}
-        self._rows: dict[GrantId, list[tuple[HandMade, int]]] = {}
 
     def sequence(
         self,

@@ -39,16 +39,26 @@ def test_devices_divide_the_cores(eight_cores):
     assert cores_of(1, 0, threads=1) == [(3,), (2,)]
 
 
-def test_a_computation_leaves_a_core_to_others_unless_told_otherwise(eight_cores):
+@pytest.mark.parametrize("leave", [False, True])
+def test_a_computation_uses_its_share_and_leaves_a_core_of_it_if_asked(eight_cores, leave):
     def threads_of(*numbers: int, threads: int | None = None) -> list[int]:
-        backends = make_cpu_backends({f"cpu:{n}": n for n in numbers}, threads)
+        backends = make_cpu_backends({f"cpu:{n}": n for n in numbers}, threads, leave_a_core=leave)
         return [backend.threads for backend in backends]
 
-    assert threads_of(0) == [7]
-    assert threads_of(0, 1) == [3, 3]
+    assert threads_of(0) == [8 - leave]
+    assert threads_of(0, 1) == [4 - leave] * 2
     assert threads_of(*range(8)) == [1] * 8
     assert threads_of(0, threads=8) == [8]
     assert threads_of(0, 1, threads=2) == [2, 2]
+
+
+def test_members_of_a_team_have_a_core_each(eight_cores, monkeypatch):
+    bound = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: bound.append(set(cores)))
+    backend, _ = make_cpu_backends({"cpu:0": 0, "cpu:1": 1}, None)
+    for index in range(backend.threads + 1):
+        backend.bind_member(index)
+    assert bound == [{2}, {3}, {4}, {5}, {2}]
 
 
 def test_more_devices_than_cores_share_them(eight_cores):

@@ -15,7 +15,7 @@ from transformers import DeepseekV2Config, LlamaConfig, MistralConfig
 from crosspool.backends.cpu import CpuBackend
 from crosspool.build import runtime
 from crosspool.build.runtime import build_engine
-from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import EngineConfig, Kernels, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.errors import ConfigError, ModelLoadError, ModelUnavailableError, OutOfMemoryError
 from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import LoadProgress, Residency
@@ -305,7 +305,8 @@ def test_no_model_at_all_names_every_reason(folders, tmp_path):
         build_engine(config_of(zoo))
 
 
-def test_a_failure_halfway_leaves_nothing_behind(build, folders, expected, monkeypatch, caplog):
+@pytest.mark.parametrize("kernels", Kernels)
+def test_a_failure_halfway_leaves_nothing_behind(build, folders, expected, monkeypatch, caplog, kernels):
     """The third FFN of one model cannot be read; nothing of it stays in the pool or in the tables."""
 
     def fails(spec, checkpoint, layer):
@@ -314,15 +315,19 @@ def test_a_failure_halfway_leaves_nothing_behind(build, folders, expected, monke
         return load_ffn(spec, checkpoint, layer)
 
     monkeypatch.setattr(runtime, "load_ffn", fails)
-    engine = build(config_of(folders, weights_devices=("cpu:1", "cpu:2")))
+    engine = build(config_of(folders, weights_devices=("cpu:1", "cpu:2"), kernels=kernels))
     assert engine.info.model("latent").error == "loading failed: RuntimeError: the disk is gone"
     assert "the disk is gone" in caplog.text
     assert engine.info.model("latent").residency is Residency.COLD
     others = ["windowed", "dense"]
     assert engine.info.weights_used_bytes == sum(engine.info.model(name).ffn_bytes for name in others)
-    for worker in engine._executor._ffn:
-        assert {model for model, _ in worker._table._rows} == {ModelIndex(1), ModelIndex(2)}
-    assert set(engine._executor._attention[0]._sides) == {ModelIndex(1), ModelIndex(2)}
+    loaded = {ModelIndex(1), ModelIndex(2)}
+    if kernels is Kernels.COMPILED:
+        assert set(engine._executor._models) == loaded
+    else:
+        for worker in engine._executor._ffn:
+            assert {model for model, _ in worker._table._rows} == loaded
+        assert set(engine._executor._attention[0]._sides) == loaded
     assert generate(engine, others) == {name: expected[name] for name in others}
 
 

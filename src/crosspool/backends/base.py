@@ -31,6 +31,15 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def threads(self) -> int:
+        """How many threads compute together on this device."""
+        ...
+
     def bind_thread(self) -> None:
         """Make the calling thread one of this device's: on its cores, with its share of compute threads."""
+        ...
+
+    def bind_member(self, index: int) -> None:
+        """Make the calling thread number ``index`` of this device's ``threads``, on a core of its own."""
         ...

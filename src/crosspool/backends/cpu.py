@@ -46,13 +46,18 @@ class CpuBackend:
         os.sched_setaffinity(0, self.cores)
         torch.set_num_threads(self.threads)
 
+    def bind_member(self, index: int) -> None:
+        os.sched_setaffinity(0, {self.cores[index % len(self.cores)]})
 
-def make_cpu_backends(devices: Mapping[str, int], threads: int | None) -> tuple[CpuBackend, ...]:
+
+def make_cpu_backends(
+    devices: Mapping[str, int], threads: int | None, *, leave_a_core: bool = False
+) -> tuple[CpuBackend, ...]:
     """``devices`` maps names to logical numbers. In the order of these, each device has a share of the cores.
 
-    With more devices than cores, each has one core and shares it. Unless ``threads`` says otherwise, a
-    computation leaves one core of a larger share to the engine's thread and the API process: they deliver
-    the tokens, and a computation that waits for a part on a busy core is slower than one without that part.
+    With more devices than cores, each has one core and shares it. With ``leave_a_core``, and unless
+    ``threads`` says otherwise, a computation leaves one core of a larger share to the engine's thread and the
+    API process: they deliver the tokens, and OpenMP's threads wait for a part on a busy core.
     """
     cores = sorted(os.sched_getaffinity(0))
     if threads is not None and threads > len(cores):
@@ -63,7 +68,7 @@ def make_cpu_backends(devices: Mapping[str, int], threads: int | None) -> tuple[
         CpuBackend(
             name,
             tuple(sorted({cores[(place[number] * share + i) % len(cores)] for i in range(share)})),
-            threads or max(1, share - 1),
+            threads or max(1, share - leave_a_core),
         )
         for name, number in devices.items()
     )

@@ -9,17 +9,21 @@ from crosspool.backends.base import Backend
 from crosspool.core.errors import ConfigError
 
 
-def make_backends(names: Sequence[str], threads: int | None) -> tuple[Backend, ...]:
+def make_backends(
+    names: Sequence[str], threads: int | None, *, leave_a_core: bool = False
+) -> tuple[Backend, ...]:
     """One backend per device name, in order.
 
     ``threads`` is the number of cores each device may use; None divides the cores that this process may run
-    on. Raises ConfigError for a name that is no device of this version, or for more threads than cores.
+    on, and with ``leave_a_core`` each device then computes with one less than its share. Raises ConfigError
+    for a name that is no device of this version, or for more threads than cores.
     """
     for name in names:
         _check(name)
     from crosspool.backends.cpu import make_cpu_backends
 
-    return make_cpu_backends({name: int(name.removeprefix("cpu:")) for name in names}, threads)
+    numbers = {name: int(name.removeprefix("cpu:")) for name in names}
+    return make_cpu_backends(numbers, threads, leave_a_core=leave_a_core)
 
 
 def _check(name: str) -> None:

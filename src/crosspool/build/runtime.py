@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from crosspool.backends.base import Backend
 from crosspool.backends.factory import make_backends
 from crosspool.build.control import PoolPlan, assemble, plan_pools
-from crosspool.core.config import EngineConfig, ModelConfig
+from crosspool.build.workers import Workers, make_workers
+from crosspool.core.config import EngineConfig, Kernels, ModelConfig
 from crosspool.core.errors import CrossPoolError, ModelLoadError
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.info import LoadProgress, ModelInfo
@@ -23,13 +25,10 @@ from crosspool.core.topology import Topology
 from crosspool.engine.engine import Engine
 from crosspool.models.checkpoint import Checkpoint
 from crosspool.models.loader import check_tensors, load_attention_side, load_ffn
-from crosspool.models.moe_decoder import AttentionSide, shard_ffn
+from crosspool.models.moe_decoder import shard_ffn
 from crosspool.models.registry import read_spec
 from crosspool.pools.ffn import FfnPool
-from crosspool.workers.attention import AttentionWorker
 from crosspool.workers.clock import MonotonicClock
-from crosspool.workers.executor import ThreadedExecutor
-from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
 
 Progress = Callable[[LoadProgress], None]
 
@@ -44,28 +43,21 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     ConfigError for devices that do not exist, OutOfMemoryError if the pools do not fit the memory.
     """
     topology = config.topology
-    backends = make_backends(topology.teams, config.threads)
+    backends = make_backends(topology.teams, config.threads, leave_a_core=config.kernels is Kernels.REFERENCE)
     report = progress or (lambda _: None)
     errors: dict[ModelIndex, str] = {}
     sources = _open_models(config, errors, report)
     # All CPU devices have the host's memory together.
     plan = plan_pools(config, [source.spec for source in sources], backends[0].free_bytes)
     arenas = _allocate(topology, backends, plan)
-    loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), report)
+    workers = make_workers(config)
+    loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), workers, report)
     for source, layout in zip(sources, plan.layouts, strict=True):
         error = loader.load(source, layout)
         if error is not None:
             errors[source.index] = error
     _require_any(config, loader.specs, errors)
-    clock = MonotonicClock()
-    executor = ThreadedExecutor(
-        topology,
-        backends,
-        [AttentionWorker(sides, arena) for sides, arena in zip(loader.sides, arenas, strict=True)],
-        [FfnWorker(table) for table in loader.tables],
-        {index: spec.num_layers for index, spec in loader.specs.items()},
-        clock,
-    )
+    executor = workers.start(backends, arenas, partial(_report_compiling, report))
     reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
         ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
@@ -73,7 +65,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     ]
     try:
         plan = replace(plan, layouts=tuple(loader.layouts))
-        return assemble(config, infos, loader.specs, plan, loader.ffn_pool, executor, clock)
+        return assemble(config, infos, loader.specs, plan, loader.ffn_pool, executor, MonotonicClock())
     except BaseException:
         executor.close()
         raise
@@ -137,18 +129,16 @@ def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan)
 
 
 class _Loader:
-    """Loads models one after another into attention sides and weight tables.
+    """Loads models one after another and hands their weights to the workers.
 
-    ``sides`` are in the order of the KV devices, ``tables`` in that of the weights devices; ``specs`` and
-    ``layouts`` are of the models that loaded, in one order.
+    ``specs`` and ``layouts`` are of the models that loaded, in one order.
     """
 
-    def __init__(self, topology: Topology, ffn_pool: FfnPool, report: Progress) -> None:
+    def __init__(self, topology: Topology, ffn_pool: FfnPool, workers: Workers, report: Progress) -> None:
         self._topology = topology
+        self._workers = workers
         self._report = report
         self.ffn_pool = ffn_pool
-        self.sides: list[dict[ModelIndex, AttentionSide]] = [{} for _ in topology.kv_devices]
-        self.tables = [WeightTable() for _ in topology.weights_devices]
         self.specs: dict[ModelIndex, ModelSpec] = {}
         self.layouts: list[KvLayout] = []
 
@@ -179,11 +169,9 @@ class _Loader:
         return None
 
     def _load_attention_side(self, source: _Source, layout: KvLayout) -> None:
-        """One side per KV device over the same weights, for each keeps tables of its own."""
         weights = load_attention_side(source.spec, source.checkpoint)
         _read_in(weights.tensors())
-        for sides in self.sides:
-            sides[source.index] = AttentionSide(source.spec, layout, weights)
+        self._workers.put_attention_side(source.index, source.spec, layout, weights)
 
     def _load_layer(self, source: _Source, layer: int) -> None:
         weights = load_ffn(source.spec, source.checkpoint, layer)
@@ -191,19 +179,20 @@ class _Loader:
         devices = self._topology.ffn_devices(layer)
         for part, device in enumerate(devices):
             shard = shard_ffn(weights, part, len(devices)) if len(devices) > 1 else weights
-            self.tables[device].put(source.index, layer, WeightRow(source.spec.layers[layer].ffn, shard))
+            self._workers.put_ffn(source.index, layer, part, device, shard)
 
     def _unload(self, model: ModelIndex) -> None:
-        for sides in self.sides:
-            sides.pop(model, None)
-        for table in self.tables:
-            table.remove(model)
+        self._workers.remove(model)
         self.ffn_pool.fail_load(model)
 
     def _failed(self, source: _Source, total: int, error: str) -> str:
         _log.warning("model %s could not be loaded: %s", source.config.name, error)
         self._report(LoadProgress(source.config.name, 0, total, _shown(error, source.config)))
         return error
+
+
+def _report_compiling(report: Progress, done: int, total: int) -> None:
+    report(LoadProgress("compiled kernels", done, total, unit="pieces"))
 
 
 def _read_in(tensors: Iterable[Tensor]) -> None:

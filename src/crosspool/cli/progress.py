@@ -5,10 +5,33 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 from crosspool.cli.sizes import format_bytes
 from crosspool.core.info import LoadProgress
+
+
+class _Amount(ProgressColumn):
+    """How much is done, in bytes or in whatever the task counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes = DownloadColumn(binary_units=True)
+
+    def render(self, task: Task) -> Text:
+        if task.fields["unit"] == "bytes":
+            return self._bytes.render(task)
+        return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {task.fields['unit']}")
 
 
 class LoadBars:
@@ -22,7 +45,7 @@ class LoadBars:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(binary_units=True),
+            _Amount(),
             TransferSpeedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -43,7 +66,7 @@ class LoadBars:
 
     def __call__(self, progress: LoadProgress) -> None:
         if progress.model not in self._tasks:
-            self._tasks[progress.model] = self._bars.add_task(progress.model, total=None)
+            self._tasks[progress.model] = self._bars.add_task(progress.model, total=None, unit=progress.unit)
         self._bars.update(
             self._tasks[progress.model], completed=progress.done_bytes, total=progress.total_bytes
         )
@@ -52,7 +75,10 @@ class LoadBars:
         if progress.error is not None:
             self._say(progress.model, f"{progress.model} will not be served: {progress.error}")
         elif progress.done_bytes >= progress.total_bytes and not self._console.is_terminal:
-            self._say(progress.model, f"{self._verb} {progress.model}, {format_bytes(progress.total_bytes)}")
+            amount = format_bytes(progress.total_bytes)
+            if progress.unit != "bytes":
+                amount = f"{progress.total_bytes} {progress.unit}"
+            self._say(progress.model, f"{self._verb} {progress.model}, {amount}")
 
     def _say(self, model: str, line: str) -> None:
         self._done.add(model)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from crosspool.cli.sizes import parse_bytes
+from crosspool.core.config import Kernels
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 
@@ -70,7 +71,13 @@ FfnSharding = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Cores that each device computes with; by default its share of the cores, less one."),
+    typer.Option(help="Cores that each device computes with; by default its share of the cores."),
+]
+KernelsOption = Annotated[
+    Kernels | None,
+    typer.Option(
+        "--kernels", help="What computes: resident compiled code, or plain torch.", show_default="compiled"
+    ),
 ]
 TtftTarget = Annotated[float | None, typer.Option(metavar="MS", help="Aim for the time to the first token.")]
 TbtTarget = Annotated[float | None, typer.Option(metavar="MS", help="Aim for the time between tokens.")]

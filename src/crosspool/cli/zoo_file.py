@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias, get_args, get_type_hints
 
 from crosspool.cli.settings import ModelEntry, Settings
 from crosspool.cli.sizes import parse_bytes
-from crosspool.core.config import MILLISECOND, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import MILLISECOND, Kernels, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.errors import ConfigError
 from crosspool.core.ids import Nanoseconds
 from crosspool.core.topology import Sharding
@@ -131,11 +132,16 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _sharding(value: object) -> Sharding:
-    try:
-        return Sharding(_text(value))
-    except ValueError as error:
-        raise TypeError(" or ".join(repr(str(kind)) for kind in Sharding)) from error
+def _one_of(kinds: type[StrEnum]) -> Reader:
+    """Reads one of these names."""
+
+    def read(value: object) -> StrEnum:
+        try:
+            return kinds(_text(value))
+        except ValueError as error:
+            raise TypeError(" or ".join(repr(str(kind)) for kind in kinds)) from error
+
+    return read
 
 
 def _keys_of(config: type) -> Keys:
@@ -160,6 +166,7 @@ _MODEL: Keys = {**_keys_of(ModelConfig), "path": ("place", _text)}
 _DEVICES: Keys = {
     "kv_devices": ("kv_devices", _texts),
     "weights_devices": ("weights_devices", _texts),
-    "ffn_sharding": ("sharding", _sharding),
+    "ffn_sharding": ("sharding", _one_of(Sharding)),
     "threads": ("threads", _integer),
+    "kernels": ("kernels", _one_of(Kernels)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from crosspool.core.errors import ConfigError
 from crosspool.core.ids import Nanoseconds
@@ -95,12 +96,20 @@ class SchedulerConfig:
             )
 
 
+class Kernels(StrEnum):
+    """What computes. COMPILED: resident teams in compiled code. REFERENCE: plain torch with Python between
+    all layer tasks, slow and simple: what the former is held against."""
+
+    COMPILED = "compiled"
+    REFERENCE = "reference"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything one engine process (a cell) is made from.
 
     ``threads`` is the number of cores each device computes with; None divides the machine's cores among the
-    teams, and leaves one of each team's to whoever delivers the tokens.
+    teams. With the reference kernels one of each team's is left to whoever delivers the tokens.
     """
 
     models: tuple[ModelConfig, ...]
@@ -110,6 +119,7 @@ class EngineConfig:
     weights_devices: tuple[str, ...] = ("cpu:0",)
     sharding: Sharding = Sharding.LAYER
     threads: int | None = None
+    kernels: Kernels = Kernels.COMPILED
 
     def __post_init__(self) -> None:
         if not self.models:

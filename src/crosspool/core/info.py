@@ -116,9 +116,13 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far one model's weights have come. ``error`` says that it will not serve, and why."""
+    """How far one model's weights have come. ``error`` says that it will not serve, and why.
+
+    What is compiled before the first model can run reports the same way, in another ``unit``.
+    """
 
     model: str
     done_bytes: int
     total_bytes: int
     error: str | None = None
+    unit: str = "bytes"

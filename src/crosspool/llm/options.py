@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import EngineConfig, Kernels, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 
@@ -25,11 +25,14 @@ def engine_config(
     weights_devices: Sequence[str] = ("cpu:0",),
     sharding: Sharding | str = Sharding.LAYER,
     threads: int | None = None,
+    kernels: Kernels | str = Kernels.COMPILED,
     scheduler: SchedulerConfig | None = None,
 ) -> EngineConfig:
     """The configuration of an engine; see EngineConfig for what the values mean. Raises ConfigError."""
     if sharding not in tuple(Sharding):
         raise ConfigError(f"sharding must be {' or '.join(Sharding)}, not {sharding!r}")
+    if kernels not in tuple(Kernels):
+        raise ConfigError(f"kernels must be {' or '.join(Kernels)}, not {kernels!r}")
     return EngineConfig(
         models=model_configs(models, dtype),
         pools=PoolConfig(
@@ -40,6 +43,7 @@ def engine_config(
         weights_devices=tuple(weights_devices),
         sharding=Sharding(sharding),
         threads=threads,
+        kernels=Kernels(kernels),
     )
 
 

@@ -61,6 +61,7 @@ def _models(state: ServerState) -> list[dict[str, Any]]:
                 "total_bytes": progress.total_bytes,
             }
             for progress in state.loading.values()
+            if progress.unit == "bytes"
         ]
     return [_model(model, state.ready) for model in state.open_llm.models]
 

@@ -49,7 +49,8 @@ def team_loop(control, slots, own, other, ring, parity):
             body = words(words(slot, SLOT_WORDS)[BODY], 1)
             body[0] += stage
             if stage + 1 < STAGES:
-                hand_over(slot, stage + 1, other)
+                hand_over(slot, stage + 1)
+                ring_bell(other)
             else:
                 send_event(control, own, ring, index, 2, 0, body[0], position >> STAGE_BITS)
                 retire(slot)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +15,11 @@ import llvmlite
 import llvmlite.binding
 import numba
 
+from crosspool.kernels.numba.sources import digest_of
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-PACKAGE = Path(__file__).parents[2]
-SOURCES = ("kernels/numba", "workers/resident", "core/pick.py")
-"""What compiled code is made of, below the package: Numba itself sees edits only in the file it compiles."""
+ENTRY_ARGUMENTS = 8
 
 
 def kernel(function: Function) -> Function:
@@ -27,13 +28,9 @@ def kernel(function: Function) -> Function:
     Floating point is exact: sums keep their order, so that a row's result never depends on how many others
     are computed with it. A division by zero gives infinity, as in numpy.
     """
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_folder())
-    try:
+    with _into_cache_folder(function):
         compiled: Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
         return compiled
-    finally:
-        numba.config.CACHE_DIR = before
 
 
 def inline(function: Function) -> Function:
@@ -42,10 +39,50 @@ def inline(function: Function) -> Function:
     return compiled
 
 
+class Entry:
+    """A function that compiled code calls by its address (intrinsics.call_entry), compiled apart from its
+    callers: they neither wait for its compilation nor contain it.
+
+    It takes ENTRY_ARGUMENTS int64 and returns one.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: Any = None
+        self.__doc__ = function.__doc__
+
+    @property
+    def name(self) -> str:
+        return self._function.__name__
+
+    @property
+    def address(self) -> int:
+        """Compiled at the first call, or taken from the cache folder."""
+        if self._compiled is None:
+            with _into_cache_folder(self._function):
+                signature = numba.types.int64(*[numba.types.int64] * ENTRY_ARGUMENTS)
+                self._compiled = numba.cfunc(signature, cache=True, nopython=True, error_model="numpy")(
+                    self._function
+                )
+        return int(self._compiled.address)
+
+
+@contextmanager
+def _into_cache_folder(function: Callable[..., Any]) -> Iterator[None]:
+    """Numba keeps what it makes of ``function`` in its ``cache_folder``."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(cache_folder(Path(function.__code__.co_filename)))
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
 @cache
-def cache_folder() -> Path:
-    """Where this machine's code from these very sources is kept; a temporary folder if nowhere else."""
-    folder = Path.home() / ".cache" / "crosspool" / "kernels" / _key()
+def cache_folder(file: Path) -> Path:
+    """Where this machine's code from a file and all that it imports is kept; a temporary folder if nowhere
+    else."""
+    folder = Path.home() / ".cache" / "crosspool" / "kernels" / _key(file)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -61,14 +98,10 @@ def cpu_features() -> frozenset[str]:
     return frozenset(name for name, there in features.items() if there)
 
 
-def _key() -> str:
+def _key(file: Path) -> str:
     """Of the sources, the CPU and the versions that machine code depends on."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(digest_of(file))
     for part in (sys.version, numba.__version__, llvmlite.__version__, llvmlite.binding.get_host_cpu_name()):
         digest.update(part.encode() + b"\0")
     digest.update(",".join(sorted(cpu_features())).encode())
-    for source in SOURCES:
-        path = PACKAGE / source
-        for file in [path] if path.is_file() else sorted(path.glob("*.py")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

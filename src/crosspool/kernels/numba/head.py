@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from crosspool.kernels.numba.compile import kernel
+from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes, narrow, widen
 from crosspool.kernels.numba.intrinsics import floats, words
 from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, multiply_rows, rows_of_unit, units_of
@@ -28,9 +28,10 @@ def describe_head(norm: Tensor, epsilon: float, weight: Weight) -> np.ndarray:
     return fields
 
 
-def head_room_bytes(hidden: int, count: int) -> int:
-    """Scratch shared by the team, for up to ``count`` queries."""
-    return 8 * count + 4 * count * hidden
+@inline
+def head_room_bytes(hidden, count):
+    """Scratch shared by the team, for up to ``count`` queries: whole words."""
+    return 8 * count + 8 * -(-4 * count * hidden // 8)
 
 
 def head_mine_bytes(hidden: int) -> int:

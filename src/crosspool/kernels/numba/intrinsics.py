@@ -15,7 +15,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from crosspool.kernels.numba.compile import inline
+from crosspool.kernels.numba.compile import ENTRY_ARGUMENTS, inline
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
@@ -48,6 +48,12 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @inline
+def address_of(array):
+    """Where an array's memory begins."""
+    return np.int64(array.ctypes.data)
+
+
+@inline
 def floats(address, count):
     """float32 [count] at an address."""
     return carray(pointer(address), (count,), np.float32)
@@ -63,6 +69,20 @@ def halves(address, count):
 def words(address, count):
     """int64 [count] at an address."""
     return carray(pointer(address), (count,), np.int64)
+
+
+@intrinsic
+def call_entry(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call the compiled function at an address (compile.Entry) with a tuple of int64; returns its result."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = ir.FunctionType(I64, [I64] * ENTRY_ARGUMENTS)
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        return builder.call(function, cgutils.unpack_tuple(builder, values[1]))
+
+    if not isinstance(arguments, types.UniTuple) or arguments.count != ENTRY_ARGUMENTS:
+        return None
+    return types.int64(types.int64, types.UniTuple(types.int64, ENTRY_ARGUMENTS)), generate
 
 
 @intrinsic

@@ -37,10 +37,12 @@ PARTS_DONE = 3 * LINE
 
 START_BY = 4 * LINE
 PASSED = 4 * LINE + 1
-STEP = 4 * LINE + 2
-ERROR = 4 * LINE + 3
+ERROR = 4 * LINE + 2
 CHUNK_END = 5 * LINE
 """When a prefill's layer task that runs now is expected to end; 0 if none runs."""
+
+BEGUN = 5 * LINE + 1
+"""The position whose FFN some device has begun with its part."""
 
 RECALLED = 6 * LINE
 """Set by the engine's thread: retire at the next step boundary."""
@@ -48,7 +50,7 @@ RECALLED = 6 * LINE
 ATTENTION_TIME, ATTENTION_TASKS, FFN_TIME, FFN_TASKS = range(7 * LINE, 7 * LINE + 4)
 
 # -- one team: TEAM_WORDS words ------------------------------------------------------------------------------
-TEAM_WORDS = 12 * LINE
+TEAM_WORDS = 8 * LINE
 BELL = 0
 """Counts reasons to look for a task: submissions, and stages that other teams have ended. A futex."""
 
@@ -57,15 +59,15 @@ TASK = 2 * LINE
 """Counts the tasks that the leader has given to its team. A futex for the members."""
 
 MEMBERS_ASLEEP = 3 * LINE
-TASK_SLOT, TASK_STAGE = 4 * LINE, 4 * LINE + 1
+TASK_SLOT, TASK_STAGE, TASK_PART = range(4 * LINE, 4 * LINE + 3)
+NO_SLOT = -1
+"""TASK_SLOT of a task that sends the members home."""
+
 EVENTS_WRITTEN = 5 * LINE
 EVENTS_READ = 6 * LINE
 BEATS = 7 * LINE
 """Tasks done and sleeps ended: a team whose beats stand still while a task runs is stuck."""
 
-LEFT = 8 * LINE
-TEAM_SHARED = 9 * LINE
-"""Where the team's words of kernels/numba/team.py would begin; they are in a block of their own."""
 
 # -- global words --------------------------------------------------------------------------------------------
 GLOBAL_WORDS = 4 * LINE

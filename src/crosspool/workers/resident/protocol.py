@@ -33,6 +33,7 @@ from crosspool.workers.resident.control import (
     STAGE_BITS,
     STOP,
     TASK,
+    TASK_PART,
     TASK_SLOT,
     TASK_STAGE,
 )
@@ -59,11 +60,11 @@ def position_of(slot):
 
 
 @inline
-def hand_over(slot, stage, team):
-    """The team that ran the stage before: let the next stage's team see it and all that was written."""
+def hand_over(slot, stage):
+    """The team that ran the stage before: let the next stage's teams see it and all that was written. Their
+    bells are rung after this."""
     sequence = load_acquire(slot + 8 * POSITION) >> STAGE_BITS
     store_release(slot + 8 * POSITION, sequence << STAGE_BITS | stage)
-    ring_bell(team)
 
 
 @inline
@@ -94,10 +95,11 @@ def await_bell(team, heard, timeout):
 
 
 @inline
-def give_task(team, slot, stage):
-    """Leader: let the members of the team run this, too."""
-    shared = words(team, TASK_STAGE + 1)
-    shared[TASK_SLOT], shared[TASK_STAGE] = slot, stage
+def give_task(team, slot, stage, part):
+    """Leader: let the members of the team run this, too. The task must have a meeting at its end: whoever has
+    not taken it would otherwise miss it."""
+    shared = words(team, TASK_PART + 1)
+    shared[TASK_SLOT], shared[TASK_STAGE], shared[TASK_PART] = slot, stage, part
     fetch_add(team + 8 * TASK, 1)
     full_fence()
     if load_acquire(team + 8 * MEMBERS_ASLEEP) != 0:

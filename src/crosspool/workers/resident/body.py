@@ -1,0 +1,213 @@
+"""A micro-batch in memory: its rows, their page tables, and the hidden states on their way through the
+layers.
+
+The engine's thread makes a body for each grant and keeps it until the grant has retired. The words of a pass
+(from PASS_ROWS on, and the arrays they lead to) are made anew by the attention team for every pass, out of
+the rows that are still going.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from crosspool.core.batch import Grant, Row, TokenChoice
+from crosspool.core.errors import InvariantError
+from crosspool.core.kv_layout import KvLayout
+from crosspool.core.request import TokenLogprobs
+from crosspool.kernels.numba.choice import describe_choice, read_report
+from crosspool.workers.resident.body_words import (
+    ALIVE,
+    ARENA,
+    BODY_WORDS,
+    CHOICE,
+    CHOICE_LENGTH,
+    CHOOSERS,
+    COS,
+    COUNT,
+    DONE,
+    FIRST,
+    FIRSTS,
+    GROUPS,
+    INPUTS,
+    MADE,
+    NORMED,
+    OUTPUTS,
+    PAGE_BYTES,
+    PARTS,
+    REMAINING,
+    ROW_INPUTS,
+    ROW_NUMBERS,
+    ROW_OF,
+    ROW_TABLE,
+    ROW_TABLES,
+    ROW_WORDS,
+    ROWS,
+    SIN,
+    STARTS,
+    STEPS,
+    STOP_COUNT,
+    STOPS,
+    STOPS_AFTER,
+    STREAM,
+    TABLES,
+)
+from crosspool.workers.resident.control import new_bytes
+from crosspool.workers.resident.model import ResidentModel
+
+CACHE_LINE = 64
+
+
+class Body:
+    """The memory of one grant. ``memory`` is uint8 of ``body_bytes`` at least and is used by nobody else."""
+
+    def __init__(
+        self, grant: Grant, model: ResidentModel, arena: int, page_bytes: int, parts: int, memory: np.ndarray
+    ) -> None:
+        self.memory = memory
+        self._place = 0
+        self._choices: list[np.ndarray | None] = []
+        tokens, rows, groups = tokens_of(grant), len(grant.rows), len(model.layout.groups)
+        self._words = self._take(BODY_WORDS)
+        self._rows = self._take(rows * ROW_WORDS).reshape(rows, ROW_WORDS)
+        words = self._words
+        words[ROWS], words[GROUPS], words[PARTS] = rows, groups, parts
+        words[ARENA], words[PAGE_BYTES], words[ROW_TABLE] = arena, page_bytes, _address(self._rows)
+        for field, count in (
+            (ROW_NUMBERS, rows),
+            (STARTS, rows + 1),
+            (FIRSTS, rows),
+            (ROW_OF, tokens),
+            (TABLES, rows * groups),
+            (INPUTS, tokens),
+            (CHOOSERS, rows),
+        ):
+            words[field] = _address(self._take(count))
+        for own, row in zip(self._rows, grant.rows, strict=True):
+            self._put_row(own, row, model.layout)
+        pairs, hidden = model.spec.rope.dim // 2, tokens * model.spec.hidden_size * model.spec.dtype.bytes
+        for field, size in (
+            (COS, 4 * tokens * pairs),
+            (SIN, 4 * tokens * pairs),
+            (STREAM, hidden),
+            (NORMED, hidden),
+            (OUTPUTS, parts * hidden),
+        ):
+            words[field] = _address(self._take(-(-size // 8), align=True))
+
+    @property
+    def address(self) -> int:
+        return _address(self._words)
+
+    def drop(self, row: int) -> None:
+        """Let a row stop at the next boundary."""
+        self._rows[row, ALIVE] = 0
+
+    def logprobs(self, row: int, made: int) -> TokenLogprobs:
+        """Of a row that asked for them, of its token number ``made`` (from 1) of this grant."""
+        choice = self._choices[row]
+        assert choice is not None
+        return TokenLogprobs(*read_report(choice, made - 1))
+
+    def _put_row(self, own: np.ndarray, row: Row, layout: KvLayout) -> None:
+        check_pages(row, layout)
+        own[[ALIVE, DONE, MADE]] = 1, 0, 0
+        own[FIRST], own[COUNT], own[STEPS] = row.start, len(row.tokens), row.steps
+        own[ROW_INPUTS] = _address(self._fill(row.tokens, len(row.tokens)))
+        tables = self._take(len(row.pages))
+        for group, pages in enumerate(row.pages):
+            tables[group] = _address(self._fill(pages, len(pages)))
+        own[ROW_TABLES] = _address(tables)
+        choice = None if row.choice is None else _describe(row.choice, row.steps)
+        self._choices.append(choice)
+        own[CHOICE] = 0
+        if row.choice is not None and choice is not None:
+            own[CHOICE], own[CHOICE_LENGTH] = _address(choice), len(choice)
+            stops = self._fill(row.choice.stop_token_ids, len(row.choice.stop_token_ids))
+            own[STOPS], own[STOP_COUNT] = _address(stops), len(stops)
+            own[STOPS_AFTER] = row.choice.params.min_tokens - row.choice.output_index
+            own[REMAINING] = row.choice.remaining
+
+    def _fill(self, values: Iterable[int], count: int) -> np.ndarray:
+        words = self._take(count)
+        words[:] = np.fromiter(values, np.int64, count)
+        return words
+
+    def _take(self, count: int, *, align: bool = False) -> np.ndarray:
+        """The next ``count`` words, on cache lines of their own with ``align``."""
+        if align:
+            self._place = -(-self._place // CACHE_LINE) * CACHE_LINE
+        begin, self._place = self._place, self._place + 8 * count
+        return self.memory[begin : self._place].view(np.int64)
+
+
+def tokens_of(grant: Grant) -> int:
+    """Queries of the grant's first and largest pass."""
+    return sum(len(row.tokens) for row in grant.rows)
+
+
+def body_bytes(grant: Grant, model: ResidentModel, parts: int) -> int:
+    """How much memory a Body needs."""
+    tokens, rows, groups = tokens_of(grant), len(grant.rows), len(model.layout.groups)
+    words = BODY_WORDS + rows * (ROW_WORDS + 5 + 2 * groups) + 3 * tokens
+    for row in grant.rows:
+        words += sum(len(pages) for pages in row.pages)
+        words += 0 if row.choice is None else len(row.choice.stop_token_ids)
+    floats = 4 * tokens * model.spec.rope.dim
+    hidden = tokens * model.spec.hidden_size * model.spec.dtype.bytes
+    return 8 * words + floats + (2 + parts) * hidden + 6 * CACHE_LINE
+
+
+class BodyMemory:
+    """Gives out memory for bodies and takes it back: what was touched before is used again."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8, ``size`` bytes or more."""
+        size = 1 << max(12, (size - 1).bit_length())
+        free = self._free.setdefault(size, [])
+        return free.pop() if free else new_bytes(size)
+
+    def give_back(self, memory: np.ndarray) -> None:
+        self._free[len(memory)].append(memory)
+
+
+def check_pages(row: Row, layout: KvLayout) -> None:
+    """Raises InvariantError if a page that the row will write or see has been given back, or is beyond its
+    tables: a page id of -1 would silently be memory before the arena."""
+    needed = layout.chunks(row.start + len(row.tokens) + max(0, row.steps - 1))
+    for group, pages in enumerate(row.pages):
+        first = layout.first_kept_chunk(group, row.start)
+        if len(pages) < needed or min(pages[first:needed]) < 0:
+            raise InvariantError(
+                f"request {row.request}, layer group {group}: pages {first} to {needed - 1} are needed, "
+                f"of {pages}"
+            )
+
+
+def _describe(choice: TokenChoice, steps: int) -> np.ndarray:
+    params = choice.params
+    return describe_choice(
+        seed=choice.seed,
+        index=choice.output_index,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        min_tokens=params.min_tokens,
+        stop_token_ids=choice.stop_token_ids,
+        prompt=choice.prompt,
+        output=choice.output,
+        logprobs=params.logprobs,
+        steps=steps,
+    )
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.ctypes.data)

@@ -1,0 +1,316 @@
+"""The resident loop: a team's threads take layer tasks and run them, without Python between layers and
+tokens.
+
+The first thread leads: it looks for a task (order.py), gives it to the others, runs it with them, and says
+what follows: the next stage, the next token, the end. Waiting is spinning first, then yielding the core, then
+sleeping; an idle team costs nothing.
+"""
+
+from __future__ import annotations
+
+from crosspool.kernels.numba.compile import inline, kernel
+from crosspool.kernels.numba.intrinsics import (
+    address_of,
+    call_entry,
+    fetch_add,
+    load_acquire,
+    now,
+    pause,
+    words,
+    yield_core,
+)
+from crosspool.workers.resident.body_words import (
+    ALIVE,
+    CHOOSERS,
+    MADE,
+    NEXT,
+    PASS_CHOOSERS,
+    PASS_QUERIES,
+    PASS_ROWS,
+    ROW_NUMBERS,
+    ROW_OF,
+    body_at,
+    row_at,
+)
+from crosspool.workers.resident.control import (
+    ATTENTION_TASKS,
+    ATTENTION_TIME,
+    BEATS,
+    BELL,
+    BODY,
+    CHUNK_END,
+    ERROR,
+    FFN_TASKS,
+    FFN_TIME,
+    HAS_HEAD,
+    INTERVAL,
+    NO_SLOT,
+    PARTS_DONE,
+    PASSED,
+    PHASE,
+    POSITION,
+    RECALLED,
+    RETIRED_EVENT,
+    SLOT_WORDS,
+    SLOTS_IN_USE,
+    STAGE_BITS,
+    START_BY,
+    STEPS,
+    STOP,
+    TASK,
+    TASK_PART,
+    TASK_SLOT,
+    TASK_STAGE,
+    TEAM,
+    TEAM_WORDS,
+    TOKEN_EVENT,
+)
+from crosspool.workers.resident.crew import (
+    CONTROL,
+    CREW_WORDS,
+    FFN_STAGE,
+    GQA_STAGE,
+    HEAD_STAGE,
+    MLA_STAGE,
+    NUMBER,
+    RING,
+    ROOM,
+    SHARED,
+    SLOT_TABLE,
+    STAGES,
+    TEAM_TABLE,
+    THREADS,
+)
+from crosspool.workers.resident.model_words import LATENT, LAYERS, layer_at
+from crosspool.workers.resident.order import (
+    INDEX,
+    NOTHING,
+    PART,
+    already_passed,
+    choose_task,
+    is_ffn,
+    model_of,
+    note_begin,
+    parts_of,
+    slot_at,
+    stage_of,
+    team_of_part,
+)
+from crosspool.workers.resident.passes import begin_pass, end_row, rows_that_go_on
+from crosspool.workers.resident.protocol import (
+    await_bell,
+    await_task,
+    give_task,
+    hand_over,
+    retire,
+    ring_bell,
+    ring_news,
+    send_event,
+)
+
+SPIN_FOR = 50_000
+YIELD_FOR = 250_000
+SLEEP_FOR = 1_000_000_000
+"""A wait spins so long (ns), yields until so long after its begin, and then sleeps so long at a time."""
+
+PAUSES = 32
+
+
+# -- waiting -------------------------------------------------------------------------------------------------
+
+
+@inline
+def wait_a_little(begin):
+    """Spin or yield. Returns False when it is time to sleep."""
+    waited = now() - begin
+    if waited < SPIN_FOR:
+        for _ in range(PAUSES):
+            pause()
+    elif waited < YIELD_FOR:
+        yield_core()
+    return waited < YIELD_FOR
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------
+
+
+@kernel
+def run_stage(crew_address, own, mine, slot_index, stage, part):
+    """All threads: one stage of a micro-batch."""
+    crew = words(crew_address, CREW_WORDS)
+    slot = words(slot_at(crew, slot_index), SLOT_WORDS)
+    model = model_of(crew, slot)
+    layer = stage // 2
+    if stage == 2 * model[LAYERS]:
+        kind = HEAD_STAGE
+    elif stage % 2 == 1:
+        kind = FFN_STAGE
+    else:
+        kind = MLA_STAGE if layer_at(model, layer)[LATENT] else GQA_STAGE
+    arguments = (crew[SHARED], own, crew[ROOM], mine, address_of(model), slot[BODY], layer, part)
+    call_entry(words(crew[STAGES], kind + 1)[kind], arguments)
+    if kind == HEAD_STAGE:
+        yield_core()
+
+
+@kernel
+def lead(crew_address, own, mine, table, tasks):
+    """The leader's loop. Returns True when told to stop, and False after ``tasks`` tasks."""
+    crew = words(crew_address, CREW_WORDS)
+    team = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER]
+    idle = 0
+    while load_acquire(crew[CONTROL] + 8 * STOP) == 0:
+        heard = load_acquire(team + 8 * BELL)
+        time = now()
+        column = choose_task(crew_address, table, time)
+        if column != NOTHING:
+            run_task(crew_address, own, mine, table, column, time)
+            fetch_add(team + 8 * BEATS, 1)
+            idle = 0
+            tasks -= 1
+            if tasks == 0:
+                return False
+            continue
+        if idle == 0:
+            idle = time
+        if not wait_a_little(idle):
+            await_bell(team, heard, SLEEP_FOR)
+            fetch_add(team + 8 * BEATS, 1)
+            idle = 0
+    if crew[THREADS] > 1:
+        give_task(team, NO_SLOT, 0, 0)
+    return True
+
+
+@kernel
+def follow(crew_address, own, mine, taken, tasks):
+    """A member's loop. Returns how many tasks it has taken in all, after ``tasks`` more of them, or -1 when
+    sent home."""
+    crew = words(crew_address, CREW_WORDS)
+    team = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER]
+    for _ in range(tasks):
+        begin = now()
+        while load_acquire(team + 8 * TASK) == taken:
+            if not wait_a_little(begin):
+                await_task(team, taken, SLEEP_FOR)
+                begin = now()
+        task = words(team, TASK_PART + 1)
+        if task[TASK_SLOT] == NO_SLOT:
+            return -1
+        run_stage(crew_address, own, mine, task[TASK_SLOT], task[TASK_STAGE], task[TASK_PART])
+        taken += 1
+    return taken
+
+
+@kernel
+def run_task(crew_address, own, mine, table, column, time):
+    """Leader: run one task with the team, and do what follows from it."""
+    crew = words(crew_address, CREW_WORDS)
+    team = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER]
+    index, part = table[INDEX, column], table[PART, column]
+    address = slot_at(crew, index)
+    slot = words(address, SLOT_WORDS)
+    model = model_of(crew, slot)
+    position = load_acquire(address + 8 * POSITION)
+    stage = stage_of(model, position)
+    note_begin(crew_address, table, column, time)
+    if stage == 0:
+        begin_pass(slot[BODY])
+    if stage % 2 == 0 and rows_that_go_on(slot[BODY]) == 0:
+        _end(crew, index)
+        return
+    if stage < 2 * model[LAYERS] or body_at(slot[BODY])[PASS_CHOOSERS] > 0:
+        if crew[THREADS] > 1:
+            give_task(team, index, stage, part)
+        run_stage(crew_address, own, mine, index, stage, part)
+    if stage < 2 * model[LAYERS]:
+        _add_time(address, is_ffn(model, stage), now() - time)
+    _complete(crew, index, position, stage)
+
+
+@inline
+def _add_time(slot, ffn, span):
+    fetch_add(slot + 8 * (FFN_TIME if ffn else ATTENTION_TIME), span)
+    fetch_add(slot + 8 * (FFN_TASKS if ffn else ATTENTION_TASKS), 1)
+
+
+@kernel
+def _complete(crew, index, position, stage):
+    """A team is done with its part of a stage: whoever is the last says what comes next."""
+    address = slot_at(crew, index)
+    slot = words(address, SLOT_WORDS)
+    model = model_of(crew, slot)
+    if is_ffn(model, stage):
+        done = fetch_add(address + 8 * PARTS_DONE, 1) + 1
+        if done % parts_of(crew) != 0:
+            return
+    slot[CHUNK_END] = 0
+    steps_stage = (position & ((1 << STAGE_BITS) - 1)) + 1
+    if stage == 2 * model[LAYERS]:
+        if not _end_pass(crew, index):
+            _end(crew, index)
+            return
+        slot[START_BY] = now() + slot[INTERVAL]
+        in_use = load_acquire(crew[CONTROL] + 8 * SLOTS_IN_USE)
+        slot[PASSED] = already_passed(crew[SLOT_TABLE], in_use, slot[PHASE], slot[START_BY])
+    elif stage == 2 * model[LAYERS] - 1 and not slot[HAS_HEAD]:
+        _end(crew, index)
+        return
+    hand_over(address, steps_stage)
+    _ring(crew, slot, model, stage_of(model, steps_stage))
+
+
+@inline
+def _ring(crew, slot, model, stage):
+    """Let the other teams that run a stage look for it."""
+    if not is_ffn(model, stage):
+        if slot[TEAM] != crew[NUMBER]:
+            ring_bell(crew[TEAM_TABLE] + 8 * TEAM_WORDS * slot[TEAM])
+        return
+    for part in range(parts_of(crew)):
+        team = team_of_part(crew, stage // 2, part)
+        if team != crew[NUMBER]:
+            ring_bell(crew[TEAM_TABLE] + 8 * TEAM_WORDS * team)
+
+
+@kernel
+def _end_pass(crew, index):
+    """Every row that chose has its token: send them. Returns whether there is another pass."""
+    slot = words(slot_at(crew, index), SLOT_WORDS)
+    body = body_at(slot[BODY])
+    team, ring = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER], crew[RING]
+    choosers, row_of = words(body[CHOOSERS], body[PASS_CHOOSERS]), words(body[ROW_OF], body[PASS_QUERIES])
+    numbers = words(body[ROW_NUMBERS], body[PASS_ROWS])
+    for chooser in choosers:
+        number = numbers[row_of[chooser]]
+        row = row_at(body, number)
+        if row[NEXT] < 0:
+            slot[ERROR] = 1
+            return False
+    for chooser in choosers:
+        number = numbers[row_of[chooser]]
+        row = row_at(body, number)
+        end_row(row)
+        if load_acquire(address_of(row) + 8 * ALIVE) != 0:
+            send_event(crew[CONTROL], team, ring, index, TOKEN_EVENT, number, row[NEXT], row[MADE])
+    slot[STEPS] -= 1
+    if slot[STEPS] == 0 or load_acquire(address_of(slot) + 8 * RECALLED) != 0:
+        return False
+    if rows_that_go_on(slot[BODY]) == 0:
+        return False
+    ring_news(crew[CONTROL])
+    return True
+
+
+@kernel
+def _end(crew, index):
+    """The micro-batch is over: say so, and leave the slot."""
+    address = slot_at(crew, index)
+    slot = words(address, SLOT_WORDS)
+    team, ring = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER], crew[RING]
+    attention = slot[ATTENTION_TIME] // max(1, slot[ATTENTION_TASKS])
+    ffn = slot[FFN_TIME] // max(1, slot[FFN_TASKS])
+    slot[CHUNK_END] = 0
+    send_event(crew[CONTROL], team, ring, index, RETIRED_EVENT, slot[ERROR], attention, ffn)
+    retire(address)
+    ring_news(crew[CONTROL])

@@ -1,0 +1,53 @@
+"""What each thread of a team does in Python: enter the compiled loop, and come back when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from crosspool.kernels.numba.compile import Entry
+from crosspool.workers.resident.control import SLOTS
+from crosspool.workers.resident.crew import FFN_STAGE, GQA_STAGE, HEAD_STAGE, MLA_STAGE, Crew
+from crosspool.workers.resident.loop import follow, lead
+from crosspool.workers.resident.order import COLUMNS
+from crosspool.workers.resident.stages import ffn_stage, gqa_stage, head_stage, mla_stage
+
+ALL_TASKS = 2**62
+
+STAGES: dict[int, Entry] = {
+    GQA_STAGE: gqa_stage,
+    MLA_STAGE: mla_stage,
+    FFN_STAGE: ffn_stage,
+    HEAD_STAGE: head_stage,
+}
+
+
+def stage_addresses(report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+    """The stages' addresses, int64 [4]; compiled first where they are not in the cache folder.
+
+    ``report(done, total)`` is called as they come.
+    """
+    addresses = np.zeros(len(STAGES), np.int64)
+    for done, (kind, stage) in enumerate(STAGES.items()):
+        report(done, len(STAGES))
+        addresses[kind] = stage.address
+    report(len(STAGES), len(STAGES))
+    return addresses
+
+
+def run_leader(crew: Crew, index: int, tasks: int) -> None:
+    """Lead until told to stop; with ``tasks`` above 0, come back to Python after so many each time."""
+    own, mine = crew.own[index].ctypes.data, crew.mine[index].ctypes.data
+    table = np.zeros((COLUMNS, SLOTS), np.int64)
+    stopped = False
+    while not stopped:
+        stopped = lead(crew.address, own, mine, table, tasks or ALL_TASKS)
+
+
+def run_member(crew: Crew, index: int, tasks: int) -> None:
+    """Follow until sent home."""
+    own, mine = crew.own[index].ctypes.data, crew.mine[index].ctypes.data
+    taken = 0
+    while taken >= 0:
+        taken = follow(crew.address, own, mine, taken, tasks or ALL_TASKS)
