@@ -20,7 +20,7 @@ from machine import describe
 from crosspool.build.control import PoolPlan, assemble
 from crosspool.core.batch import Event, Grant, RetiredEvent, TokenEvent, row_after
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
-from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
+from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
 from crosspool.core.kv_layout import choose_page_bytes, make_layout
 from crosspool.core.request import Request
@@ -67,6 +67,8 @@ class InstantExecutor:
         return self._done.popleft() if self._done else []
 
     def cancel(self, request: RequestId) -> None: ...
+
+    def recall(self, grant: GrantId) -> None: ...
 
     def wait(self, timeout: float) -> None: ...
 

@@ -273,7 +273,8 @@ def live(seed: int) -> Life:
         max_chunk_tokens=quantum * rng.choice((1, 1, 2, 4)),
         max_batch_rows=rng.choice((1, 2, 4, 8)),
         max_prefill_rows=rng.choice((1, 1, 4)),
-        decode_steps=rng.randint(1, 5),
+        decode_steps=rng.choice((1, 2, 3, 5, 32)),
+        turn_steps=rng.randint(1, 4),
         ttft_target=Nanoseconds(rng.choice((1, 20, 500)) * MILLISECOND),
         tbt_target=Nanoseconds(rng.choice((1, 10, 100)) * MILLISECOND),
     )

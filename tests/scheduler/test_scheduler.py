@@ -278,3 +278,58 @@ def test_prefill_uses_the_slack_before_the_next_token_is_due() -> None:
     assert max(gaps) <= 50 * MILLISECOND
     tokens_before = sum(time < world.token_times[RequestId(1)][0] for time in world.token_times[RequestId(0)])
     assert tokens_before < 30, "the prompt did not have to wait for the other's tokens"
+
+
+# -- long grants, and who ends them early -------------------------------------------------------------------
+
+
+def test_a_lone_decode_keeps_its_grant_for_all_its_steps() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=400, scheduler=small_steps(decode_steps=32))
+    recorder = Recorder(world)
+    world.add(make_request(0, PROMPT, 65))
+    world.run()
+    assert [grant.steps for grant in recorder.of(Phase.DECODE)] == [32, 32]
+
+
+def test_a_sequence_that_can_join_does_not_wait_for_the_end_of_a_long_grant() -> None:
+    world = make_world([SPEC], page_bytes=PAGE, pages=400, scheduler=small_steps(decode_steps=1000))
+    recorder = Recorder(world)
+    world.add(make_request(0, PROMPT, 500))
+    while len(world.outputs[RequestId(0)]) < 5:
+        world.step()
+        world.executor.advance()
+    world.add(make_request(1, PROMPT, 20))
+    while len(world.outputs[RequestId(1)]) < 3:
+        world.step()
+        world.executor.advance()
+    assert len(world.outputs[RequestId(0)]) < 30
+    assert [len(grant.rows) for grant in recorder.of(Phase.DECODE)] == [1, 2]
+    world.run()
+
+
+def test_turns_are_short_where_more_sequences_decode_than_there_are_rows() -> None:
+    config = small_steps(decode_steps=1000, turn_steps=3, max_batch_rows=2)
+    world = make_world([SPEC], page_bytes=PAGE, pages=400, scheduler=config)
+    recorder = Recorder(world)
+    for number in range(3):
+        world.add(make_request(number, PROMPT, 60))
+    while not all(world.outputs.values()):
+        world.step()
+        world.executor.advance()
+    before = len(recorder.of(Phase.DECODE))
+    while min(map(len, world.outputs.values())) < 20:
+        world.step()
+        world.executor.advance()
+    assert max(map(len, world.outputs.values())) < 40
+    assert {grant.steps for grant in recorder.of(Phase.DECODE)[before + 1 :]} == {3}
+
+
+def test_a_long_grant_does_not_keep_the_pages_that_somebody_due_earlier_needs() -> None:
+    """Both fill the pool; the later one has to give up its pages at its next token, not at its grant's end."""
+    world = make_world([SPEC, SPEC], page_bytes=PAGE, pages=10, scheduler=small_steps(decode_steps=16))
+    world.add(make_request(0, PROMPT, 100))
+    world.add(make_request(1, PROMPT, 100, model=1))
+    world.run()
+    assert world.engine.stats().models[1].preemptions > 0
+    gaps = sorted(after - before for before, after in pairwise(world.token_times[RequestId(0)]))
+    assert gaps[-1] < 4 * gaps[len(gaps) // 2]

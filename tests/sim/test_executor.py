@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_times() -> None:
 
 def test_tokens_come_before_the_one_retired_event_of_their_grant() -> None:
     world = make_world([SPEC], page_bytes=PAGE, pages=30)
-    world.add(make_request(0, (1, 2, 3), 9))
+    world.add(make_request(0, (1, 2, 3), 70))
     retired: set[int] = set()
     while world.engine.has_work():
         events = world.executor.poll()

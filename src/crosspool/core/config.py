@@ -71,8 +71,9 @@ class SchedulerConfig:
     ``ttft_target`` and ``tbt_target`` (ns) order the work; they are aims, not limits. Prompt chunks are
     multiples of ``chunk_quantum`` tokens (so that numerics do not depend on load), as many as fit
     ``chunk_layer_cost`` ns a layer by the cost model, ``max_chunk_tokens`` at most. A decode grant runs
-    ``decode_steps`` tokens before it returns. ``max_waiting`` bounds each model's queue, ``max_running``
-    the sequences that hold pages.
+    ``decode_steps`` tokens before it returns, unless it is recalled; where more sequences decode than
+    ``max_batch_rows``, they take turns of ``turn_steps``. ``max_waiting`` bounds each model's queue,
+    ``max_running`` the sequences that hold pages.
     """
 
     ttft_target: Nanoseconds = Nanoseconds(1 * SECOND)
@@ -82,7 +83,8 @@ class SchedulerConfig:
     chunk_layer_cost: Nanoseconds = Nanoseconds(15 * MILLISECOND)
     max_batch_rows: int = 32
     max_prefill_rows: int = 8
-    decode_steps: int = 4
+    decode_steps: int = 32
+    turn_steps: int = 4
     max_waiting: int = 1024
     max_running: int = 256
 

@@ -53,6 +53,7 @@ class MicroBatch:
     unstarted: dict[Team, int] = field(default_factory=dict)
     parts: int = 1
     running: int = 0
+    recalled: bool = False
     failed: bool = False
 
     @property
@@ -99,6 +100,11 @@ class InFlight:
         for batch in self._batches.values():
             batch.alive.discard(request)
 
+    def recall(self, grant: GrantId) -> None:
+        """Let a grant retire at its next step boundary, if it is still in flight."""
+        if grant in self._batches:
+            self._batches[grant].recalled = True
+
     def start(self, team: Team, now: Nanoseconds) -> LayerTask | None:
         """The layer task that this team runs now, or None.
 
@@ -140,8 +146,10 @@ class InFlight:
             return False
         self._chunks_running.pop(task.grant, None)
         if not batch.failed:
+            step = batch.step
             self._advance(batch, now)
-            if batch.alive and batch.step < batch.grant.steps:
+            over = batch.step == batch.grant.steps or (batch.recalled and batch.step > step)
+            if batch.alive and not over:
                 self._enter(batch)
                 return False
         del self._batches[task.grant]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from crosspool.core.batch import Event, Grant
-from crosspool.core.ids import Nanoseconds, RequestId
+from crosspool.core.ids import GrantId, Nanoseconds, RequestId
 
 
 class Clock(Protocol):
@@ -27,6 +27,11 @@ class Executor(Protocol):
 
     def cancel(self, request: RequestId) -> None:
         """Ask that a request's rows stop at the next layer or step boundary. Its grant still retires."""
+        ...
+
+    def recall(self, grant: GrantId) -> None:
+        """Ask that a grant retires at its next step boundary, with the tokens made until then. It may be over
+        already."""
         ...
 
     def poll(self) -> list[Event]:

@@ -89,6 +89,8 @@ class Engine:
                 self._note(event, sequence, news)
         for grant in self._scheduler.schedule(now):
             self._executor.submit(grant)
+        for recalled in self._scheduler.recalls():
+            self._executor.recall(recalled)
         outputs = [item.output(request) for request, item in news.items()] + self._ended
         self._ended = []
         return outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from crosspool.core.ids import RequestId
+from crosspool.core.ids import KvDevice, RequestId
 from crosspool.pools.kv import KvPool
 from crosspool.scheduler.sequence import Sequence
 
@@ -38,6 +38,11 @@ class RunningSequences:
 
     def is_stalled(self, sequence: Sequence) -> bool:
         return sequence.request.id in self._stalled
+
+    def stalls_on(self, device: KvDevice) -> bool:
+        """Whether a sequence waits for pages of this device."""
+        tables = (self._sequences[request].table for request in self._stalled)
+        return any(table is not None and table.device == device for table in tables)
 
     def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""

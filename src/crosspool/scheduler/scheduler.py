@@ -53,6 +53,8 @@ class Scheduler:
         self._running = RunningSequences(pool, self._preempted)
         self._grants: dict[GrantId, Grant] = {}
         self._in_lane: Counter[Lane] = Counter()
+        self._left_over: set[Lane] = set()
+        self._recalled: set[GrantId] = set()
         self._ids = count()
         self.moves: Counter[tuple[State, State]] = Counter()
         self.preemptions: Counter[ModelIndex] = Counter()
@@ -101,6 +103,7 @@ class Scheduler:
         for sequence in self._admission.admit(self._running, now):
             self._running.add(sequence)
         grants: list[Grant] = []
+        self._left_over = set()
         limit = self._lane_limit()
         for lane, sequences in sorted(self._idle_by_lane().items(), key=lambda item: item[0]):
             while self._in_lane[lane] < limit:
@@ -108,7 +111,25 @@ class Scheduler:
                 if grant is None:
                     break
                 grants.append(grant)
+            if self._ready(sequences):
+                self._left_over.add(lane)
         return grants
+
+    def recalls(self) -> list[GrantId]:
+        """Decodes in flight that somebody waits for, each named once: a sequence that could join its rows, or
+        one that stalls for want of pages that a row may have to give up."""
+        wanted = [grant for grant in self._grants.values() if self._is_waited_for(grant)]
+        new = [grant.id for grant in wanted if grant.id not in self._recalled]
+        self._recalled.update(new)
+        return new
+
+    def _is_waited_for(self, grant: Grant) -> bool:
+        if grant.phase is not Phase.DECODE or grant.steps == 1:
+            return False
+        if self._running.stalls_on(grant.kv_device):
+            return True
+        has_room = len(grant.rows) < self._config.max_batch_rows or grant.steps > self._config.turn_steps
+        return has_room and (grant.model, grant.kv_device, grant.phase) in self._left_over
 
     def _idle_by_lane(self) -> dict[Lane, list[Sequence]]:
         idle: dict[Lane, list[Sequence]] = {}
@@ -129,20 +150,26 @@ class Scheduler:
 
     def _form(self, lane: Lane, sequences: list[Sequence], limit: int) -> Grant | None:
         """One micro-batch of this lane's idle sequences, or None if there is none or no page for it."""
-        ready = [s for s in sequences if s.idle and s.table is not None and not self._running.is_stalled(s)]
+        ready = self._ready(sequences)
         if not ready:
             return None
         if lane[2] is Phase.DECODE:
             return self._form_decode(lane, ready, limit)
         return self._form_prefill(lane, ready)
 
+    def _ready(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        return [s for s in sequences if s.idle and s.table is not None and not self._running.is_stalled(s)]
+
     def _form_decode(self, lane: Lane, ready: list[Sequence], limit: int) -> Grant | None:
         most = self._config.max_batch_rows
         if limit > 1:
             most = min(most, max(1, -(-len(ready) // (limit - self._in_lane[lane]))))
+        most_steps = self._config.decode_steps
+        if len(ready) > self._config.max_batch_rows * (limit - self._in_lane[lane]):
+            most_steps = min(most_steps, self._config.turn_steps)
         members: list[tuple[Sequence, int]] = []
         for sequence in choose_decodes(ready, most):
-            steps = self._hold_steps(sequence)
+            steps = self._hold_steps(sequence, most_steps)
             if steps:
                 members.append((sequence, steps))
         members = [(s, steps) for s, steps in members if s.table is not None and s.state is State.DECODING]
@@ -191,9 +218,9 @@ class Scheduler:
 
     # -- pages ----------------------------------------------------------------------------------------
 
-    def _hold_steps(self, sequence: Sequence) -> int:
-        """Decode steps for which the sequence holds pages: as configured, fewer, or 0 (stalled)."""
-        wanted = min(self._config.decode_steps, sequence.remaining)
+    def _hold_steps(self, sequence: Sequence, most: int) -> int:
+        """Decode steps for which the sequence holds pages: ``most``, fewer, or 0 (stalled)."""
+        wanted = min(most, sequence.remaining)
         if self._running.hold_if_free(sequence, sequence.known + wanted - 1):
             return wanted
         if not self._running.hold(sequence, sequence.known):
@@ -231,6 +258,7 @@ class Scheduler:
         Returns the requests that end because the micro-batch failed.
         """
         grant = self._grants.pop(event.grant)
+        self._recalled.discard(event.grant)
         self._in_lane[grant.model, grant.kv_device, grant.phase] -= 1
         self._pipeline.retired(grant, event.layer_times)
         failed: list[Request] = []

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Protocol
 
 from crosspool.core.batch import Event, Grant, Half, Phase, RetiredEvent, Row, TokenEvent, row_after
-from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
+from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight, LayerTask
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Team, Topology
@@ -82,6 +82,9 @@ class SimExecutor:
 
     def cancel(self, request: RequestId) -> None:
         self.in_flight.cancel(request)
+
+    def recall(self, grant: GrantId) -> None:
+        self.in_flight.recall(grant)
 
     def poll(self) -> list[Event]:
         events, self._events = self._events, []

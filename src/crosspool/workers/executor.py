@@ -87,6 +87,10 @@ class ThreadedExecutor:
         with self._lock:
             self._in_flight.cancel(request)
 
+    def recall(self, grant: GrantId) -> None:
+        with self._lock:
+            self._in_flight.recall(grant)
+
     def poll(self) -> list[Event]:
         """Raises InvariantError if a team has died of a bug: nothing can be relied on then."""
         with self._lock:

@@ -15,7 +15,7 @@ from torch import Tensor
 from crosspool.backends.base import Backend
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row, TokenEvent, row_after
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds, RequestId, WeightsDevice
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.topology import Sharding, Topology
 from crosspool.workers.resident import control as layout
 from crosspool.workers.resident.body import Body, BodyMemory, body_bytes, tokens_of
@@ -147,10 +147,9 @@ class ResidentExecutor:
         team = team_address(self._control, self._teams[grant.kv_device])
         submit(self._slot_address(slot), self._sequence, team)
 
-    def recall(self, grant: Grant) -> None:
-        """Ask that a grant retires at its next step boundary, so that others can join its rows."""
+    def recall(self, grant: GrantId) -> None:
         for slot, flying in self._flying.items():
-            if flying.grant.id == grant.id:
+            if flying.grant.id == grant:
                 self._control.slot_words(slot)[layout.RECALLED] = 1
 
     def cancel(self, request: RequestId) -> None:
