@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from crosspool.core.ids import KvDevice, RequestId
+from crosspool.core.ids import RequestId
 from crosspool.pools.kv import KvPool
 from crosspool.scheduler.sequence import Sequence
 
@@ -39,10 +39,17 @@ class RunningSequences:
     def is_stalled(self, sequence: Sequence) -> bool:
         return sequence.request.id in self._stalled
 
-    def stalls_on(self, device: KvDevice) -> bool:
-        """Whether a sequence waits for pages of this device."""
-        tables = (self._sequences[request].table for request in self._stalled)
-        return any(table is not None and table.device == device for table in tables)
+    def stalls_before(self, sequence: Sequence) -> bool:
+        """Whether a sequence that is due earlier waits for pages of the device where this one holds some."""
+        if sequence.table is None:
+            return False
+        waiting = (self._sequences[request] for request in self._stalled)
+        return any(
+            other.table is not None
+            and other.table.device == sequence.table.device
+            and other.order < sequence.order
+            for other in waiting
+        )
 
     def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""

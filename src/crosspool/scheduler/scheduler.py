@@ -126,7 +126,7 @@ class Scheduler:
     def _is_waited_for(self, grant: Grant) -> bool:
         if grant.phase is not Phase.DECODE or grant.steps == 1:
             return False
-        if self._running.stalls_on(grant.kv_device):
+        if any(self._running.stalls_before(self._sequences[row.request]) for row in grant.rows):
             return True
         has_room = len(grant.rows) < self._config.max_batch_rows or grant.steps > self._config.turn_steps
         return has_room and (grant.model, grant.kv_device, grant.phase) in self._left_over
