@@ -63,8 +63,8 @@ class TinyModel:
     ffns: tuple[FfnWeights, ...]
 
     @staticmethod
-    def load(folder: Path) -> TinyModel:
-        spec, checkpoint = read_spec(folder), Checkpoint(folder)
+    def load(folder: Path, dtype: str = "auto") -> TinyModel:
+        spec, checkpoint = read_spec(folder, dtype), Checkpoint(folder)
         return TinyModel(
             spec,
             make_layout(spec, PAGE_BYTES),

@@ -15,6 +15,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=[False, True], ids=["reference", "resident"])
+def resident(request):
+    """Which of the two executors a test is about: both keep the same contract."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     gqa = Qwen3MoeConfig(

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.backend
 
 
 @pytest.mark.parametrize("placement", ["one device", "one KV, four weights, by tensor"])
-def test_a_cancelled_row_says_no_more_and_the_others_go_on(models, expected, placement):
-    with rig(*models, **PLACEMENTS[placement]) as it:
+def test_a_cancelled_row_says_no_more_and_the_others_go_on(models, expected, placement, resident):
+    with rig(*models, resident=resident, **PLACEMENTS[placement]) as it:
         cancelled, other = it.sequence(PROMPTS[0], 300), it.sequence(PROMPTS[1], 24)
         it.finish(it.prefill(cancelled, other))
         grant = it.decode(300, cancelled, other)
@@ -35,8 +35,8 @@ def test_a_cancelled_row_says_no_more_and_the_others_go_on(models, expected, pla
         assert other.output == expected[GQA][1]
 
 
-def test_a_grant_whose_rows_are_all_cancelled_retires_early(models):
-    with rig(*models) as it:
+def test_a_grant_whose_rows_are_all_cancelled_retires_early(models, resident):
+    with rig(*models, resident=resident) as it:
         sequence = it.sequence(PROMPTS[0], 450)
         it.finish(it.prefill(sequence))
         grant = it.decode(450, sequence)
@@ -132,8 +132,8 @@ def test_what_a_failed_grant_has_not_begun_does_not_begin(models, caplog):
         assert MLA not in {model for model, _, _ in busy.seen}
 
 
-def test_nan_logits_fail_the_micro_batch(models, caplog):
-    with rig(*models) as it, caplog.at_level(logging.CRITICAL):
+def test_nan_logits_fail_the_micro_batch(models, caplog, resident):
+    with rig(*models, resident=resident) as it, caplog.at_level(logging.CRITICAL):
         sequence = it.sequence(PROMPTS[0], 4)
         it.finish(it.grant(Phase.PREFILL, [(sequence, 2, 0)]))
         for pages in sequence.pages:
@@ -155,8 +155,8 @@ def test_measured_times_are_those_of_layer_tasks(models):
     assert ffn >= 50_000_000 // models[GQA].spec.num_layers
 
 
-def test_wait_ends_by_wake_by_an_event_or_by_time(models):
-    with rig(*models) as it:
+def test_wait_ends_by_wake_by_an_event_or_by_time(models, resident):
+    with rig(*models, resident=resident) as it:
         it.executor.wait(0.001)
         it.executor.wake()
         it.executor.wait(60)
@@ -179,8 +179,8 @@ def test_wait_ends_by_wake_by_an_event_or_by_time(models):
             events += it.executor.poll()
 
 
-def test_an_idle_executor_costs_no_processor_time(models):
-    with rig(*models, **PLACEMENTS["one KV, four weights, by layer"]) as it:
+def test_an_idle_executor_costs_no_processor_time(models, resident):
+    with rig(*models, resident=resident, **PLACEMENTS["one KV, four weights, by layer"]) as it:
         it.run(it.sequence(PROMPTS[0], 4))
         workers = [thread.native_id for thread in it.executor._threads]
         assert len(workers) == 5

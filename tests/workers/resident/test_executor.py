@@ -1,22 +1,119 @@
-"""The resident executor on tiny real models: the same tokens on every placement."""
+"""What the resident executor promises beyond the contract that tests/workers tests for both executors."""
 
 from __future__ import annotations
 
 import pytest
 
-from crosspool.core.request import FinishReason
-from helpers_workers import GQA, MLA, PLACEMENTS, PROMPTS, rig
+from crosspool.core.batch import Phase
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import PageId
+from crosspool.core.sampling import SamplingParams
+from crosspool.workers.resident.control import RING_EVENTS
+from helpers_workers import GQA, MLA, PLACEMENTS, PROMPTS, HandMade, TinyModel, rig
 
 pytestmark = pytest.mark.backend
 
+REPORTING = SamplingParams(temperature=0, logprobs=5, max_tokens=None)
+LONG = [(7 * i) % 97 for i in range(300)]
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
+def typed(request, folders) -> list[TinyModel]:
+    """The tiny models in each dtype."""
+    return [TinyModel.load(folder, request.param) for folder in folders]
+
+
+def reports(sequence: HandMade) -> list[object]:
+    return [(event.token, event.logprobs) for event in sequence.events]
+
+
+def alone(models: list[TinyModel], model: int, prompt: list[int], threads: int = 1) -> list[object]:
+    with rig(*models, resident=True, threads=threads) as it:
+        sequence = it.sequence(prompt, 12, model=model, params=REPORTING)
+        it.run(sequence)
+        return reports(sequence)
+
+
 @pytest.mark.parametrize("model", [GQA, MLA])
-def test_every_placement_makes_the_same_tokens(models, expected, model, placement):
+def test_a_row_has_the_same_bits_in_any_company(typed, model):
+    """Log-probabilities to the last bit: alone, in a batch, beside another model, however the prompt is cut,
+    with two threads."""
+    expected = [alone(typed, model, prompt) for prompt in (*PROMPTS, LONG)]
+    assert alone(typed, model, LONG, threads=2) == expected[-1]
+    with rig(*typed, resident=True, threads=2) as it:
+        own = [it.sequence(prompt, 12, model=model, params=REPORTING) for prompt in (*PROMPTS, LONG)]
+        others = [it.sequence(prompt, 60, model=1 - model) for prompt in PROMPTS]
+        it.finish(it.prefill(*others))
+        going = it.decode(59, *others)
+        for begin in range(0, 256, 64):
+            it.finish(it.grant(Phase.PREFILL, [(own[-1], 64, 0)] + [(own[1], 16, 0)] * (begin == 64)))
+        it.finish(it.prefill(*own))
+        it.finish(it.decode(11, *own), going)
+        assert [reports(sequence) for sequence in own] == expected
+
+
+@pytest.mark.parametrize("model", [GQA, MLA])
+def test_tokens_computed_again_as_a_prompt_lead_to_the_same_bits(typed, model):
+    """As after a preemption: what was decoded token by token is read again in one chunk."""
+    with rig(*typed, resident=True) as it:
+        first, again = (it.sequence(PROMPTS[1], 12, model=model, params=REPORTING) for _ in range(2))
+        it.run(first)
+        again.output = first.output[:7]
+        it.finish(it.prefill(again))
+        it.finish(it.decode(11, again))
+        assert reports(again) == reports(first)[7:]
+
+
+@pytest.mark.parametrize("placement", ["one device", "two devices", "one KV, four weights, by tensor"])
+def test_a_recalled_grant_ends_at_a_step_and_can_be_continued(models, expected, placement):
     with rig(*models, resident=True, **PLACEMENTS[placement]) as it:
-        devices = len(it.arenas)
-        for device in range(devices):
-            sequences = [it.sequence(prompt, 24, model=model, device=device) for prompt in PROMPTS]
-            assert it.run(*sequences) == expected[model]
-            for sequence in sequences:
-                assert [event.finish for event in sequence.events] == [None] * 23 + [FinishReason.LENGTH]
+        sequence = it.sequence(PROMPTS[1], 400)
+        it.finish(it.prefill(sequence))
+        grant = it.decode(390, sequence)
+        while len(sequence.output) < 3:
+            it.executor.wait(60)
+            it.take()
+        it.executor.recall(grant)
+        it.finish(grant)
+        assert 3 <= len(sequence.output) < 380
+        it.executor.recall(grant)  # over by now, and ignored
+        it.finish(it.decode(30, sequence))
+        assert sequence.output[:24] == expected[GQA][1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_returning_to_python_after_every_task_changes_nothing(models, expected, threads):
+    with rig(*models, resident=True, threads=threads, tasks=1) as it:
+        for model in (GQA, MLA):
+            assert it.run(*[it.sequence(prompt, 24, model=model) for prompt in PROMPTS]) == expected[model]
+
+
+def test_a_grant_beyond_the_scratch_is_refused_and_loses_nothing(models, expected):
+    with rig(*models, resident=True) as it:
+        sequence = it.sequence(PROMPTS[0], 24)
+        many = it.sequence([1] * 513, 1)
+        with pytest.raises(InvariantError, match=r"513 tokens in 1 rows; the scratch is for 512 in 32"):
+            it.prefill(many)
+        assert it.run(sequence) == [expected[GQA][0]]
+
+
+@pytest.mark.parametrize("broken", ["missing", "given back"])
+def test_pages_that_are_not_there_are_refused(models, broken):
+    """A page id of -1 would be memory before the arena."""
+    with rig(*models, resident=True) as it:
+        sequence = it.sequence(PROMPTS[1], 40)
+        it.finish(it.prefill(sequence))
+        last = {"missing": (), "given back": (PageId(-1),)}[broken]
+        sequence.pages = tuple((*pages[:-1], *last) for pages in sequence.pages)
+        with pytest.raises(InvariantError, match=r"pages 0 to .* are needed"):
+            it.decode(39, sequence)
+
+
+def test_more_events_than_the_ring_holds_wait_for_whoever_reads_them(models, expected):
+    with rig(*models, resident=True) as it:
+        sequences = [it.sequence(PROMPTS[0], 1) for _ in range(24)]
+        grants = [it.prefill(*sequences) for _ in range(200)]
+        assert len(grants) * len(sequences) > RING_EVENTS
+        it.finish(*grants)
+        for sequence in sequences:
+            assert sequence.output == expected[GQA][0][:1] * len(grants)

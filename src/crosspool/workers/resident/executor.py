@@ -170,7 +170,7 @@ class ResidentExecutor:
 
     def wait(self, timeout: float) -> None:
         if not self._closed and self._broken is None:
-            await_news(self._control.address, self._seen_news, int(timeout * 1e9))
+            self._seen_news = await_news(self._control.address, self._seen_news, int(timeout * 1e9))
 
     def wake(self) -> None:
         ring_news(self._control.address)
