@@ -55,12 +55,15 @@ class Checkpoint:
     spec: ModelSpec
 
     def bytes_per_token(self, context: float) -> float:
-        """Bytes that one decode step of one sequence must read: active weights, LM head, and its KV."""
-        spec, size = self.spec, self.spec.dtype.bytes
-        active = sum(layer.ffn.active_weights(spec.hidden_size) for layer in spec.layers)
-        attention = spec.num_layers * spec.attention_weights
-        head = spec.vocab_size * spec.hidden_size
-        return size * (active + attention + head) + context * spec.kv_bytes_per_token
+        """See ``bytes_of_step``."""
+        return bytes_of_step(self.spec, context)
+
+
+def bytes_of_step(spec: ModelSpec, context: float) -> float:
+    """Bytes that one decode step of one sequence must read: active weights, LM head, and its KV."""
+    active = sum(layer.ffn.active_weights(spec.hidden_size) for layer in spec.layers)
+    weights = active + spec.num_layers * spec.attention_weights + spec.vocab_size * spec.hidden_size
+    return spec.dtype.bytes * weights + context * spec.kv_bytes_per_token
 
 
 def numbered(kind: str, count: int) -> tuple[str, ...]:
