@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,13 +19,14 @@ from machine import describe
 from peers import install
 from peers.bandwidth import ReadBandwidth
 from peers.experiments import EXPERIMENTS, chosen
-from peers.places import HOME, PeerError
+from peers.places import HOME, REPOSITORY, PeerError
 from peers.plan import QUICK, Bench, Experiment, Sizes
 from peers.report import as_data, table, write
 from peers.servers import contender
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the servers on the way out
     options = _parser().parse_args()
     if options.list:
         _print_list()
@@ -93,11 +96,11 @@ def _print_list() -> None:
 
 def _about(quick: bool) -> dict[str, object]:
     """What every file says beside its figures. Raises PeerError if a peer does not start."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
         "quick": quick,
-        "machine": describe(),
+        "machine": {**describe(), "command": shlex.join(["python", "-m", "peers", *sys.argv[1:]])},
         "commit": commit.stdout.strip() or None,
         "peers": install.versions(),
     }

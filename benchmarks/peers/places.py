@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from crosspool.demo.zoo import default_zoo_path
 
+REPOSITORY = Path(__file__).parents[2]
 HOME = default_zoo_path().parent / "peers"
 LLAMA_SOURCE = HOME / "llama-src"
 LLAMA_BUILD = HOME / "llama-build"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def as_data(result: Result) -> dict[str, Any]:
         "commands": {name: list(commands) for name, commands in result.commands.items()},
         "rounds": 1 + max(turn.round for turn in result.turns),
         "figures": {name: _rounded(_figures(result, name)) for name in result.contenders},
-        "times_better": {other: _rounded(result.ratios(first, other)) for other in others},
+        "times_better": {other: _rounded(_finite(result.ratios(first, other))) for other in others},
         "turns": [
             {
                 "contender": turn.contender,
@@ -51,7 +52,7 @@ def _figures(result: Result, contender: str) -> dict[str, float]:
 def write(folder: Path, experiment: str, data: dict[str, Any]) -> None:
     """Write the experiment's file, and ``README.md`` anew with the tables of all files of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{experiment}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{experiment}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob(FILES))]
     (folder / "README.md").write_text("\n".join(_page(runs)))
 
@@ -91,6 +92,11 @@ def table(result: dict[str, Any]) -> list[str]:
     ]
     rule = "| " + " | ".join("-" * width for width in widths) + " |"
     return [lines[0], rule, *lines[1:]]
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    """Without the ratios to nothing."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

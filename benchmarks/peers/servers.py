@@ -18,7 +18,7 @@ from pathlib import Path
 
 from peers.checkpoints import Checkpoint
 from peers.load import Endpoint
-from peers.places import LLAMA_SERVER, VLLM, PeerError
+from peers.places import LLAMA_SERVER, REPOSITORY, VLLM, PeerError
 from peers.process import ServerProcess, free_port, peak_bytes, proportional_bytes
 
 READY_SECONDS = 600
@@ -85,10 +85,10 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """As one would type it, with the user's own folder as ``~``."""
+        """As one would type it at the top of this repository, with the user's own folder as ``~``."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         words = " ".join([*settings, shlex.join(str(word) for word in self.words)])
-        return words.replace(str(Path.home()), "~")
+        return words.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,15 @@ def test_table_has_a_column_for_each_contender_and_comparison() -> None:
     assert cells[-1] == ["read_gb_per_second", "4", "4", ""]
 
 
+def test_a_ratio_to_nothing_is_left_out() -> None:
+    turns = [
+        Turn(name, 0, Measured({"finished": count}), {1: 1.0}) for name, count in (("A", 2.0), ("B", 0.0))
+    ]
+    data = as_data(Result("eight", "models", tuple(turns)))
+    assert data["times_better"] == {"B": {}}
+    assert [line.split() for line in table(data)[2:3]] == [["|", "finished", "|", "2", "|", "0", "|", "|"]]
+
+
 def test_page_has_all_experiments_of_the_folder(tmp_path: Path) -> None:
     machine = {"cores": 2, "cpu": "some processor", "crosspool": "1.0", "command": "python -m peers"}
     head = {
