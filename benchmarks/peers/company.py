@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ ANSWER_TOKENS = 8
 class Reader:
     """Somebody who always reads: requests one after another to one model, each with a prompt of its own.
 
-    ``requests`` has the times of each one's events so far, in seconds of ``time.perf_counter``.
+    ``sent`` has the time of each request, ``requests`` those of its events so far, in seconds of
+    ``time.perf_counter``.
     """
 
     endpoint: Endpoint
@@ -32,14 +34,16 @@ class Reader:
     output_tokens: int
     seed: int
     requests: list[list[float]] = field(default_factory=list)
+    sent: list[float] = field(default_factory=list)
 
     async def run(self, client: httpx.AsyncClient) -> None:
         """Ask until cancelled."""
         rng = random.Random(self.seed)
         while True:
             events: list[float] = []
-            self.requests.append(events)
             prompt = make_prompt(rng, self.prompt_tokens)
+            self.requests.append(events)
+            self.sent.append(time.perf_counter())
             await follow(client, self.endpoint, prompt, self.output_tokens, events)
 
     @property
@@ -56,6 +60,11 @@ class Reader:
         if self.requests and self.requests[-1] and self.requests[-1][-1] < end:
             pairs.append((self.requests[-1][-1], end))
         return [1000 * (b - a) for a, b in pairs if b > begin and a < end]
+
+    def waits(self, begin: float, end: float) -> list[float]:
+        """Seconds to the first token, or to the end of the time, of the requests that were sent in it."""
+        asked = zip(self.sent, self.requests, strict=True)
+        return [min([*events[:1], end]) - sent for sent, events in asked if begin < sent < end]
 
 
 @dataclass(slots=True)

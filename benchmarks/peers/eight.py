@@ -65,7 +65,12 @@ def measure(one: Contender, needs: Sequence[Need], sizes: Sizes, number: int) ->
         "pss_mb": pss_mb,
         "ready_s": ready_s,
     }
-    return Measured(values, {"tbt_ms": gaps, "prompt_ttft_s": [answer.ttft for answer in answers]})
+    pools = {
+        "tbt_ms": gaps,
+        "stream_ttft_s": [wait for reader in readers for wait in reader.waits(begin, end)],
+        "prompt_ttft_s": [answer.ttft for answer in answers],
+    }
+    return Measured(values, pools)
 
 
 def _users(deployment: Deployment, sizes: Sizes, seed: int) -> tuple[list[Reader], list[LatePrompt]]:

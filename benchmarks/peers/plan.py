@@ -20,7 +20,7 @@ class Sizes:
     output: int = 128
     prompt: int = 512
     long_prompt: int = 8192
-    together_repeats: int = 5
+    together_repeats: int = 3
     alone_output: int = 512
     busy_seconds: float = 60.0
     busy_prompt: int = 2000

@@ -51,7 +51,8 @@ def measure(deployment: Deployment, sizes: Sizes, number: int) -> Measured:
     alone_gaps = [1000 * gap for gap in alone.gaps]
     gaps = reader.gaps(prefill.sent, prefill.events[0])
     values = {"prefill_s": prefill.ttft, **over_alone(gaps, alone_gaps)}
-    return Measured(values, {"tbt_ms": gaps, "tbt_alone_ms": alone_gaps})
+    waits = reader.waits(prefill.sent, prefill.events[0])
+    return Measured(values, {"tbt_ms": gaps, "tbt_alone_ms": alone_gaps, "stream_ttft_s": waits})
 
 
 async def _prefill_beside(reader: Reader, deployment: Deployment, prompt_tokens: int, seed: int) -> Stream:
