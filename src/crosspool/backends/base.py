@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+class WeightsArena(Protocol):
+    """Memory of one device for weights that stay."""
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor, all zero. Physical memory is the device's own if a thread of the device is the first to
+        write it. Raises OutOfMemoryError."""
+        ...
 
 
 class Backend(Protocol):
@@ -29,6 +40,10 @@ class Backend(Protocol):
         Physical memory is taken as pages are first written, where the device can do that. Raises
         OutOfMemoryError.
         """
+        ...
+
+    def new_weights_arena(self) -> WeightsArena:
+        """Grows as tensors are taken from it, and is freed with the last of them."""
         ...
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosspool.backends.host_memory import free_bytes, total_bytes
+from crosspool.backends.weights_memory import HugeArena
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 
 
@@ -41,6 +42,9 @@ class CpuBackend:
                 f"{num_pages:,} KV pages on {self.name}", needed=size, free=self.free_bytes
             ) from None
         return torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
+
+    def new_weights_arena(self) -> HugeArena:
+        return HugeArena()
 
     def bind_thread(self) -> None:
         os.sched_setaffinity(0, self.cores)

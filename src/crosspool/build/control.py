@@ -12,6 +12,7 @@ from crosspool.core.info import EngineInfo, ModelInfo
 from crosspool.core.kv_layout import KvLayout, choose_page_bytes, make_layout
 from crosspool.core.protocols import Clock, Executor
 from crosspool.core.spec import ModelSpec
+from crosspool.core.topology import Topology
 from crosspool.costs.layer import HardwareProfile
 from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
@@ -45,7 +46,8 @@ def plan_pools(config: EngineConfig, specs: Sequence[ModelSpec], available_bytes
     page_bytes = pools.page_bytes or choose_page_bytes(specs)
     layouts = tuple(make_layout(spec, page_bytes) for spec in specs)
     attention = sum(spec.attention_side_bytes for spec in specs)
-    weights_pool = pools.weights_pool_bytes or sum(spec.total_ffn_bytes for spec in specs)
+    ffns = (sum(ffn_bytes_by_layer(spec, config.topology)) for spec in specs)
+    weights_pool = pools.weights_pool_bytes or sum(ffns)
     left = available_bytes - attention - weights_pool
     kv_pool = pools.kv_pool_bytes or int(max(0, left) * pools.kv_pool_fraction)
     pages = kv_pool // (devices * page_bytes)
@@ -63,6 +65,11 @@ def plan_pools(config: EngineConfig, specs: Sequence[ModelSpec], available_bytes
             f"bytes on each; at least {smallest} are needed for the shortest sequence"
         )
     return PoolPlan(page_bytes, pages, devices, weights_pool, layouts)
+
+
+def ffn_bytes_by_layer(spec: ModelSpec, topology: Topology) -> list[int]:
+    """Bytes of each layer's FFN, on all devices that share it."""
+    return [spec.ffn_bytes(layer, len(topology.ffn_devices(layer))) for layer in range(spec.num_layers)]
 
 
 def assemble(
@@ -94,7 +101,9 @@ def assemble(
         lanes=1 if config.topology.one_device else 2,
     )
     info = EngineInfo(
-        models=tuple(_with_pools(model, specs.get(model.index), pool, ffn_pool) for model in models),
+        models=tuple(
+            _with_pools(model, specs.get(model.index), config.topology, pool, ffn_pool) for model in models
+        ),
         kv_devices=config.kv_devices,
         weights_devices=config.weights_devices,
         page_bytes=plan.page_bytes,
@@ -111,7 +120,9 @@ def _targets(config: EngineConfig, index: ModelIndex) -> tuple[Nanoseconds, Nano
     return (model.ttft_target or scheduler.ttft_target, model.tbt_target or scheduler.tbt_target)
 
 
-def _with_pools(model: ModelInfo, spec: ModelSpec | None, pool: KvPool, ffn_pool: FfnPool) -> ModelInfo:
+def _with_pools(
+    model: ModelInfo, spec: ModelSpec | None, topology: Topology, pool: KvPool, ffn_pool: FfnPool
+) -> ModelInfo:
     """The model's entry with what its spec and the pools say."""
     if spec is None:
         return model
@@ -120,6 +131,7 @@ def _with_pools(model: ModelInfo, spec: ModelSpec | None, pool: KvPool, ffn_pool
         model,
         architecture=spec.architecture,
         dtype=spec.dtype,
+        weights_dtype="int8" if spec.int8_weights else spec.dtype,
         vocab_size=spec.vocab_size,
         max_context=spec.max_context,
         max_pool_tokens=pool.most_tokens(model.index),
@@ -128,6 +140,6 @@ def _with_pools(model: ModelInfo, spec: ModelSpec | None, pool: KvPool, ffn_pool
         tokens_per_page=layout.tokens_per_page,
         layer_groups=len(layout.groups),
         attention_bytes=spec.attention_side_bytes,
-        ffn_bytes=spec.total_ffn_bytes,
+        ffn_bytes=sum(ffn_bytes_by_layer(spec, topology)),
         residency=ffn_pool.residency(model.index),
     )

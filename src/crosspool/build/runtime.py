@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from crosspool.backends.base import Backend
 from crosspool.backends.factory import make_backends
-from crosspool.build.control import PoolPlan, assemble, plan_pools
+from crosspool.build.control import PoolPlan, assemble, ffn_bytes_by_layer, plan_pools
 from crosspool.build.workers import Workers, make_workers
 from crosspool.core.config import EngineConfig, Kernels, ModelConfig
 from crosspool.core.errors import CrossPoolError, ModelLoadError
@@ -25,7 +24,6 @@ from crosspool.core.topology import Topology
 from crosspool.engine.engine import Engine
 from crosspool.models.checkpoint import Checkpoint
 from crosspool.models.loader import check_tensors, load_attention_side, load_ffn
-from crosspool.models.moe_decoder import shard_ffn
 from crosspool.models.registry import read_spec
 from crosspool.pools.ffn import FfnPool
 from crosspool.workers.clock import MonotonicClock
@@ -33,7 +31,6 @@ from crosspool.workers.clock import MonotonicClock
 Progress = Callable[[LoadProgress], None]
 
 _log = logging.getLogger(__name__)
-_MEMORY_PAGE = 4096
 
 
 def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -50,14 +47,14 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     # All CPU devices have the host's memory together.
     plan = plan_pools(config, [source.spec for source in sources], backends[0].free_bytes)
     arenas = _allocate(topology, backends, plan)
-    workers = make_workers(config)
+    workers = make_workers(config, backends)
     loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), workers, report)
     for source, layout in zip(sources, plan.layouts, strict=True):
         error = loader.load(source, layout)
         if error is not None:
             errors[source.index] = error
     _require_any(config, loader.specs, errors)
-    executor = workers.start(backends, arenas, partial(_report_compiling, report))
+    executor = workers.start(arenas, partial(_report_compiling, report))
     reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
         ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
@@ -97,7 +94,7 @@ def _open_models(config: EngineConfig, errors: dict[ModelIndex, str], report: Pr
 
 def _open_model(index: ModelIndex, model: ModelConfig) -> _Source:
     """Config and headers are held against each other before any pool is sized by them."""
-    spec = read_spec(model.path, model.dtype)
+    spec = read_spec(model.path, model.dtype, model.weights_dtype)
     checkpoint = Checkpoint(model.path)
     check_tensors(spec, checkpoint)
     return _Source(index, model, spec, checkpoint)
@@ -145,8 +142,8 @@ class _Loader:
     def load(self, source: _Source, layout: KvLayout) -> str | None:
         """Load one model wholly or not at all. Returns why it failed."""
         spec, name = source.spec, source.config.name
-        total = spec.attention_side_bytes + spec.total_ffn_bytes
-        bytes_by_layer = [spec.ffn_bytes(layer) for layer in range(spec.num_layers)]
+        bytes_by_layer = ffn_bytes_by_layer(spec, self._topology)
+        total = spec.attention_side_bytes + sum(bytes_by_layer)
         self._report(LoadProgress(name, 0, total))
         try:
             self.ffn_pool.begin_load(source.index, name, bytes_by_layer)
@@ -170,16 +167,18 @@ class _Loader:
 
     def _load_attention_side(self, source: _Source, layout: KvLayout) -> None:
         weights = load_attention_side(source.spec, source.checkpoint)
-        _read_in(weights.tensors())
         self._workers.put_attention_side(source.index, source.spec, layout, weights)
+        self._page_out(source)
 
     def _load_layer(self, source: _Source, layer: int) -> None:
         weights = load_ffn(source.spec, source.checkpoint, layer)
-        _read_in(weights.tensors())
-        devices = self._topology.ffn_devices(layer)
-        for part, device in enumerate(devices):
-            shard = shard_ffn(weights, part, len(devices)) if len(devices) > 1 else weights
-            self._workers.put_ffn(source.index, layer, part, device, shard)
+        self._workers.put_ffn(source.index, layer, weights)
+        self._page_out(source)
+
+    def _page_out(self, source: _Source) -> None:
+        """What is copied is in memory once: the rest of the copy needs the room."""
+        if self._workers.copies(source.spec):
+            source.checkpoint.page_out()
 
     def _unload(self, model: ModelIndex) -> None:
         self._workers.remove(model)
@@ -193,9 +192,3 @@ class _Loader:
 
 def _report_compiling(report: Progress, done: int, total: int) -> None:
     report(LoadProgress("compiled kernels", done, total, unit="pieces"))
-
-
-def _read_in(tensors: Iterable[Tensor]) -> None:
-    """Touch every page: views of a mapped file are read from the disk now, not during the first request."""
-    for tensor in tensors:
-        tensor.view(torch.uint8).flatten()[::_MEMORY_PAGE].sum()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from crosspool.backends.base import Backend
-from crosspool.core.config import EngineConfig, Kernels
-from crosspool.core.ids import ModelIndex, WeightsDevice
+from crosspool.backends.base import Backend, WeightsArena
+from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
+from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
-from crosspool.core.topology import Topology
+from crosspool.core.topology import Team, Topology
 from crosspool.models.moe_decoder import AttentionSide
-from crosspool.models.weights import AttentionSideWeights, FfnWeights
+from crosspool.models.placement import InArena, InPlace, Placement, read_in
+from crosspool.models.weights import AttentionSideWeights, FfnWeights, shard_ffn
 from crosspool.workers.attention import AttentionWorker
 from crosspool.workers.clock import MonotonicClock
 from crosspool.workers.executor import ThreadedExecutor
@@ -34,53 +38,79 @@ class Workers(Protocol):
         self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
     ) -> None: ...
 
-    def put_ffn(
-        self, model: ModelIndex, layer: int, part: int, device: WeightsDevice, weights: FfnWeights
-    ) -> None:
-        """Part ``part`` of a layer's FFN, on this weights device. The attention side is there already."""
+    def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
+        """A layer's FFN, on the weights devices that take part in it. The attention side is there already."""
+        ...
+
+    def copies(self, spec: ModelSpec) -> bool:
+        """Whether what has been put of such a model is no longer read where it was loaded."""
         ...
 
     def remove(self, model: ModelIndex) -> None:
         """Forget whatever was put of a model."""
         ...
 
-    def start(self, backends: Sequence[Backend], arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
-        """``backends`` in the order of the topology's teams, ``arenas`` in that of its KV devices."""
+    def start(self, arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
+        """``arenas`` in the order of the topology's KV devices."""
         ...
 
 
-def make_workers(config: EngineConfig) -> Workers:
+def make_workers(config: EngineConfig, backends: Sequence[Backend]) -> Workers:
+    """``backends`` in the order of the topology's teams."""
     if config.kernels is Kernels.REFERENCE:
-        return ReferenceWorkers(config.topology)
-    return CompiledWorkers(config)
+        return ReferenceWorkers(config.topology, backends)
+    return CompiledWorkers(config, backends)
 
 
 class CompiledWorkers:
     """For compiled kernels: descriptors of every model, and resident teams."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, backends: Sequence[Backend]) -> None:
         self._config = config
-        self._parts = len(config.topology.ffn_devices(0))
+        self._backends = backends
         self._models: dict[ModelIndex, ResidentModel] = {}
+        self._arenas: dict[tuple[ModelIndex, Team], WeightsArena] = {}
 
     def put_attention_side(
         self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
     ) -> None:
-        self._models[model] = ResidentModel(spec, layout, weights, parts=self._parts)
+        """There is one copy, on the first KV device."""
+        topology = self._config.topology
+        parts = len(topology.ffn_devices(0))
+        with self._place(model, spec, topology.attention_team(KvDevice(0))) as place:
+            self._models[model] = ResidentModel(spec, layout, weights, parts=parts, place=place)
 
-    def put_ffn(
-        self, model: ModelIndex, layer: int, part: int, device: WeightsDevice, weights: FfnWeights
-    ) -> None:
-        self._models[model].put_ffn(layer, part, weights)
+    def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
+        topology, resident = self._config.topology, self._models[model]
+        for part, device in enumerate(topology.ffn_devices(layer)):
+            with self._place(model, resident.spec, topology.weights_team(device)) as place:
+                resident.put_ffn(layer, part, weights, place)
+
+    def copies(self, spec: ModelSpec) -> bool:
+        return spec.int8_weights or self._config.pools.weights_memory is WeightsMemory.HUGE
+
+    @contextmanager
+    def _place(self, model: ModelIndex, spec: ModelSpec, team: Team) -> Iterator[Placement]:
+        """What is put within is in place afterwards. Each model has an arena on each device."""
+        if not self.copies(spec):
+            yield InPlace()
+            return
+        backend = self._backends[team]
+        arena = self._arenas.setdefault((model, team), backend.new_weights_arena())
+        with _threads_of(backend) as threads:
+            place = InArena(arena, threads, int8=spec.int8_weights)
+            yield place
+            place.finish()
 
     def remove(self, model: ModelIndex) -> None:
         self._models.pop(model, None)
+        self._arenas = {key: arena for key, arena in self._arenas.items() if key[0] != model}
 
-    def start(self, backends: Sequence[Backend], arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
+    def start(self, arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
         limits = self._config.scheduler
         return ResidentExecutor(
             self._config.topology,
-            backends,
+            self._backends,
             arenas,
             self._models,
             most_tokens=max(limits.max_chunk_tokens, limits.max_batch_rows),
@@ -89,11 +119,29 @@ class CompiledWorkers:
         )
 
 
+@contextmanager
+def _threads_of(backend: Backend) -> Iterator[ThreadPoolExecutor]:
+    """A pool on a device's cores, each thread of which computes by itself.
+
+    OpenMP's teams would wait for each other's parts in a loop, which is slow on cores that others use too.
+    """
+
+    def bind() -> None:
+        backend.bind_thread()
+        torch.set_num_threads(1)
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(backend.threads, initializer=bind) as threads:
+        yield threads
+    torch.set_num_threads(before)  # It is also what later threads begin with.
+
+
 class ReferenceWorkers:
     """For the reference kernels: plain torch, one thread a team, and Python between all layer tasks."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, backends: Sequence[Backend]) -> None:
         self._topology = topology
+        self._backends = backends
         self._specs: dict[ModelIndex, ModelSpec] = {}
         self._sides: list[dict[ModelIndex, AttentionSide]] = [{} for _ in topology.kv_devices]
         self._tables = [WeightTable() for _ in topology.weights_devices]
@@ -102,15 +150,20 @@ class ReferenceWorkers:
         self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
     ) -> None:
         """One side per KV device over the same weights, for each keeps tables of its own."""
+        read_in(weights.tensors())
         self._specs[model] = spec
         for sides in self._sides:
             sides[model] = AttentionSide(spec, layout, weights)
 
-    def put_ffn(
-        self, model: ModelIndex, layer: int, part: int, device: WeightsDevice, weights: FfnWeights
-    ) -> None:
-        row = WeightRow(self._specs[model].layers[layer].ffn, weights)
-        self._tables[device].put(model, layer, row)
+    def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
+        read_in(weights.tensors())
+        spec, devices = self._specs[model].layers[layer].ffn, self._topology.ffn_devices(layer)
+        for part, device in enumerate(devices):
+            row = WeightRow(spec, shard_ffn(weights, part, len(devices)))
+            self._tables[device].put(model, layer, row)
+
+    def copies(self, spec: ModelSpec) -> bool:
+        return False
 
     def remove(self, model: ModelIndex) -> None:
         self._specs.pop(model, None)
@@ -119,11 +172,11 @@ class ReferenceWorkers:
         for table in self._tables:
             table.remove(model)
 
-    def start(self, backends: Sequence[Backend], arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
+    def start(self, arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
         layers: Mapping[ModelIndex, int] = {model: spec.num_layers for model, spec in self._specs.items()}
         return ThreadedExecutor(
             self._topology,
-            backends,
+            self._backends,
             [AttentionWorker(sides, arena) for sides, arena in zip(self._sides, arenas, strict=True)],
             [FfnWorker(table) for table in self._tables],
             layers,

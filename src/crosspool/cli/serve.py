@@ -21,10 +21,12 @@ def serve(
     demo: options.Demo = False,
     demo_dir: options.DemoDir = None,
     dtype: options.Dtype = "auto",
+    weights_dtype: options.WeightsDtype = "auto",
     kv_pool_bytes: options.KvPool = None,
     kv_pool_fraction: options.KvFraction = None,
     weights_pool_bytes: options.WeightsPool = None,
     page_bytes: options.PageBytes = None,
+    weights_memory: options.WeightsMemoryOption = None,
     kv_devices: options.KvDevices = None,
     weights_devices: options.WeightsDevices = None,
     ffn_sharding: options.FfnSharding = None,
@@ -61,7 +63,13 @@ def serve(
     base = Settings() if config is None else read_zoo_file(config)
     given = Settings(
         models=_entries(models or [], demo, demo_dir),
-        pools=_pools(kv_pool_bytes, kv_pool_fraction, weights_pool_bytes, page_bytes),
+        pools=_pools(
+            kv_pool_bytes,
+            kv_pool_fraction,
+            weights_pool_bytes=weights_pool_bytes,
+            page_bytes=page_bytes,
+            weights_memory=weights_memory,
+        ),
         devices=_given(
             kv_devices=_devices(kv_devices),
             weights_devices=_devices(weights_devices),
@@ -75,7 +83,7 @@ def serve(
     settings = given.over(base)
     if not settings.models:
         raise ConfigError("no model to serve: give a MODEL, --config or --demo (see crosspool serve --help)")
-    _run(settings, dtype, as_json)
+    _run(settings, dtype, weights_dtype, as_json)
 
 
 def _devices(text: str | None) -> tuple[str, ...] | None:
@@ -91,12 +99,10 @@ def _given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _pools(
-    kv_bytes: int | None, kv_fraction: float | None, weights_bytes: int | None, page_bytes: int | None
-) -> dict[str, Any]:
+def _pools(kv_bytes: int | None, kv_fraction: float | None, **others: Any) -> dict[str, Any]:
     if kv_bytes is not None and kv_fraction is not None:
         raise ConfigError("give --kv-pool-bytes or --kv-pool-fraction, not both")
-    pools = _given(kv_pool_bytes=kv_bytes, weights_pool_bytes=weights_bytes, page_bytes=page_bytes)
+    pools = _given(kv_pool_bytes=kv_bytes, **others)
     if kv_fraction is None:
         return pools
     return {**pools, "kv_pool_fraction": kv_fraction, "kv_pool_bytes": None}
@@ -115,7 +121,7 @@ def _entries(places: list[str], demo: bool, demo_dir: Path | None) -> tuple[Mode
     return tuple(entries)
 
 
-def _run(settings: Settings, dtype: str, as_json: bool) -> None:
+def _run(settings: Settings, dtype: str, weights_dtype: str, as_json: bool) -> None:
     """Serve until told to end. The summary goes to standard output, progress to standard error."""
     from rich.console import Console
 
@@ -125,7 +131,7 @@ def _run(settings: Settings, dtype: str, as_json: bool) -> None:
     from crosspool.server.run import serve as run_server
 
     server = settings.server_config()
-    engine = settings.engine_config(dtype)
+    engine = settings.engine_config(dtype, weights_dtype)
     with LoadBars(Console(stderr=True), "Loaded") as bars:
 
         def on_ready(info: EngineInfo, url: str) -> None:

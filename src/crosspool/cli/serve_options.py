@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from crosspool.cli.sizes import parse_bytes
-from crosspool.core.config import Kernels
+from crosspool.core.config import Kernels, WeightsMemory
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 
@@ -37,6 +37,21 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="auto (as stored), float32, bfloat16 or float16, for models whose zoo file says nothing."
+    ),
+]
+WeightsDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (as --dtype) or int8: quantise projections, experts and LM heads as they load, for models "
+        "whose zoo file says nothing."
+    ),
+]
+WeightsMemoryOption = Annotated[
+    WeightsMemory | None,
+    typer.Option(
+        "--weights-memory",
+        help="Read weights from the checkpoint's mapped files, or copy them into huge pages.",
+        show_default="mapped",
     ),
 ]
 KvPool = Annotated[

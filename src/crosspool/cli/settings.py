@@ -20,6 +20,7 @@ class ModelEntry:
     base: Path
     name: str | None = None
     dtype: str | None = None
+    weights_dtype: str | None = None
     pinned: bool = False
     ttft_target: Nanoseconds | None = None
     tbt_target: Nanoseconds | None = None
@@ -49,13 +50,13 @@ class Settings:
             supervision=base.supervision | self.supervision,
         )
 
-    def engine_config(self, default_dtype: str) -> EngineConfig:
+    def engine_config(self, default_dtype: str, default_weights_dtype: str = "auto") -> EngineConfig:
         """Check the settings, then find all models, fetching those of the hub.
 
-        ``default_dtype`` is for models that name none. Raises ConfigError for what cannot work.
+        Both dtypes are for models that name none. Raises ConfigError for what cannot work.
         """
         pools, scheduler = PoolConfig(**self.pools), SchedulerConfig(**self.scheduler)
-        models = tuple(_model_config(entry, default_dtype) for entry in self.models)
+        models = tuple(_model_config(entry, default_dtype, default_weights_dtype) for entry in self.models)
         return EngineConfig(models, pools, scheduler, **self.devices)
 
     def server_config(self) -> ServerConfig:
@@ -63,12 +64,13 @@ class Settings:
         return replace(ServerConfig(**self.server), limits=limits, supervision=supervision)
 
 
-def _model_config(entry: ModelEntry, default_dtype: str) -> ModelConfig:
+def _model_config(entry: ModelEntry, default_dtype: str, default_weights_dtype: str) -> ModelConfig:
     name, folder = find_checkpoint(entry.place, entry.base)
     return ModelConfig(
         name=name if entry.name is None else entry.name,
         path=str(folder),
         dtype=entry.dtype or default_dtype,
+        weights_dtype=entry.weights_dtype or default_weights_dtype,
         pinned=entry.pinned,
         ttft_target=entry.ttft_target,
         tbt_target=entry.tbt_target,

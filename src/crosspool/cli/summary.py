@@ -38,7 +38,7 @@ def _model_row(model: ModelInfo) -> tuple[str, ...]:
     return (
         model.name,
         model.architecture.removesuffix("ForCausalLM"),
-        model.dtype,
+        model.dtype if model.weights_dtype in ("", model.dtype) else f"{model.dtype}, {model.weights_dtype}",
         format_bytes(model.attention_bytes),
         format_bytes(model.ffn_bytes),
         str(model.residency),

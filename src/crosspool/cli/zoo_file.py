@@ -159,6 +159,8 @@ def _keys_of(config: type) -> Keys:
             keys[name] = (name, _size)
         elif kind in readers:
             keys[name] = (name, readers[kind])
+        elif isinstance(kind, type) and issubclass(kind, StrEnum):
+            keys[name] = (name, _one_of(kind))
     return keys
 
 

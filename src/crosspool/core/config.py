@@ -17,13 +17,15 @@ SECOND = 1_000_000_000
 class ModelConfig:
     """One model to serve: the name that clients use and the folder that holds the checkpoint.
 
-    ``dtype`` is "auto" (as stored), "float32", "bfloat16" or "float16". ``ttft_target`` and ``tbt_target``
-    override the scheduler's for this model. ``pinned`` weights are never evicted.
+    ``dtype`` is "auto" (as stored), "float32", "bfloat16" or "float16". ``weights_dtype`` is "auto" (as
+    ``dtype``) or "int8": projections, experts and LM head are quantised while they load. ``ttft_target`` and
+    ``tbt_target`` override the scheduler's for this model. ``pinned`` weights are never evicted.
     """
 
     name: str
     path: str
     dtype: str = "auto"
+    weights_dtype: str = "auto"
     pinned: bool = False
     ttft_target: Nanoseconds | None = None
     tbt_target: Nanoseconds | None = None
@@ -39,6 +41,19 @@ class ModelConfig:
             raise ConfigError(
                 f"model {self.name}: dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}"
             )
+        if self.weights_dtype not in ("auto", "int8"):
+            raise ConfigError(
+                f"model {self.name}: weights_dtype must be auto or int8, not {self.weights_dtype!r}"
+            )
+
+
+class WeightsMemory(StrEnum):
+    """Where weights are read from while a model serves. MAPPED: from the checkpoint's mapped files, where
+    they store the model's dtype. HUGE: from copies in anonymous memory with huge pages. What is quantised is
+    always such a copy."""
+
+    MAPPED = "mapped"
+    HUGE = "huge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +62,14 @@ class PoolConfig:
 
     ``weights_pool_bytes`` None: what the models' FFN weights take. ``kv_pool_bytes`` None:
     ``kv_pool_fraction`` of the memory that the weights leave free. ``page_bytes`` None: chosen from the
-    models' layouts.
+    models' layouts. ``weights_memory`` holds for attention sides too.
     """
 
     kv_pool_bytes: int | None = None
     kv_pool_fraction: float = 0.4
     weights_pool_bytes: int | None = None
     page_bytes: int | None = None
+    weights_memory: WeightsMemory = WeightsMemory.MAPPED
 
     def __post_init__(self) -> None:
         for name in ("kv_pool_bytes", "weights_pool_bytes", "page_bytes"):
@@ -133,6 +149,18 @@ class EngineConfig:
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
         _ = self.topology
+        if self.kernels is Kernels.REFERENCE:
+            self._check_reference()
+
+    def _check_reference(self) -> None:
+        """Plain torch computes with the checkpoint's own tensors."""
+        if self.pools.weights_memory is not WeightsMemory.MAPPED:
+            raise ConfigError(f"weights_memory {self.pools.weights_memory} needs the compiled kernels")
+        for model in self.models:
+            if model.weights_dtype != "auto":
+                raise ConfigError(
+                    f"model {model.name}: weights_dtype {model.weights_dtype} needs the compiled kernels"
+                )
 
     @property
     def topology(self) -> Topology:

@@ -23,8 +23,8 @@ class ModelInfo:
     """One configured model. ``error`` says why it does not serve; it shows no absolute path, and sizes are 0
     then.
 
-    ``max_context`` is the model's own limit, ``max_pool_tokens`` how many tokens one sequence may have in
-    the KV pool.
+    ``weights_dtype`` is that of its large matrices. ``max_context`` is the model's own limit,
+    ``max_pool_tokens`` how many tokens one sequence may have in the KV pool.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ModelInfo:
     path: str
     architecture: str = ""
     dtype: str = ""
+    weights_dtype: str = ""
     vocab_size: int = 0
     max_context: int = 0
     max_pool_tokens: int = 0

@@ -72,6 +72,17 @@ class GqaSpec:
     def kv_elements_per_token(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim
 
+    def matrices(self, hidden: int) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the projections, for a model of width ``hidden``."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)
+
+    def other_weights(self, hidden: int) -> int:
+        """Number of weights that are not of the projections."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        bias = (queries + 2 * keys if self.qkv_bias else 0) + (hidden if self.output_bias else 0)
+        return bias + (2 * self.head_dim if self.qk_norm else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class MlaSpec:
@@ -95,6 +106,19 @@ class MlaSpec:
     @property
     def kv_elements_per_token(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def matrices(self, hidden: int) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the projections, for a model of width ``hidden``."""
+        queries, rank = self.num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim), self.q_lora_rank
+        query = ((queries, hidden),) if rank is None else ((rank, hidden), (queries, rank))
+        return *query, (self.kv_elements_per_token, hidden), (hidden, self.num_heads * self.v_head_dim)
+
+    def other_weights(self, hidden: int) -> int:
+        """Number of weights that are not of the projections: what expands latents among them."""
+        rank = self.q_lora_rank or 0
+        expand = self.kv_lora_rank * self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        bias = rank + self.kv_elements_per_token + hidden if self.bias else 0
+        return expand + rank + self.kv_lora_rank + bias
 
 
 AttentionSpec = GqaSpec | MlaSpec
@@ -147,11 +171,23 @@ class FfnSpec:
     shared_intermediate: int = 0
 
     def weights(self, hidden: int) -> int:
-        """Number of weights in model dtype of this FFN, for a model of width ``hidden``."""
-        if self.router is None:
-            return 3 * hidden * self.intermediate
-        experts = self.router.num_experts
-        return experts * hidden + 3 * hidden * (experts * self.intermediate + self.shared_intermediate)
+        """Number of weights of this FFN, but for a selection bias, for a model of width ``hidden``."""
+        return self.router_weights(hidden) + self.matrix_weights(hidden)
+
+    def router_weights(self, hidden: int) -> int:
+        return 0 if self.router is None else self.router.num_experts * hidden
+
+    def matrix_weights(self, hidden: int) -> int:
+        """Number of weights of all experts."""
+        experts = 1 if self.router is None else self.router.num_experts
+        return 3 * hidden * (experts * self.intermediate + self.shared_intermediate)
+
+    def matrix_rows(self, hidden: int, parts: int = 1) -> int:
+        """Rows of all experts' matrices. Where ``parts`` devices have a slice of each, all have as many rows
+        of ``down`` as there are."""
+        experts = 1 if self.router is None else self.router.num_experts
+        outputs = parts * hidden * (experts + (self.shared_intermediate > 0))
+        return 2 * (experts * self.intermediate + self.shared_intermediate) + outputs
 
     @property
     def selection_bias_bytes(self) -> int:
@@ -176,7 +212,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only model: pre-norm layers of an attention half and an FFN half."""
+    """A decoder-only model: pre-norm layers of an attention half and an FFN half.
+
+    ``int8_weights``: projections, experts and the LM head are held as int8 with one float32 scale a row.
+    """
 
     architecture: str
     hidden_size: int
@@ -189,6 +228,7 @@ class ModelSpec:
     tied_embeddings: bool
     dtype: DType
     eos_token_ids: tuple[int, ...] = ()
+    int8_weights: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -203,33 +243,45 @@ class ModelSpec:
         """Bytes of KV that one token holds in all layers, before any window frees some."""
         return self.kv_bytes_per_token_layer * self.num_layers
 
-    def ffn_bytes(self, layer: int) -> int:
-        """Bytes of the FFN weights of one layer."""
-        ffn = self.layers[layer].ffn
-        return ffn.weights(self.hidden_size) * self.dtype.bytes + ffn.selection_bias_bytes
+    def ffn_bytes(self, layer: int, parts: int = 1) -> int:
+        """Bytes of the FFN weights of one layer, on the ``parts`` devices that share it together."""
+        ffn, hidden = self.layers[layer].ffn, self.hidden_size
+        matrices = self.matrix_bytes(ffn.matrix_weights(hidden), ffn.matrix_rows(hidden, parts))
+        return matrices + ffn.router_weights(hidden) * self.dtype.bytes + ffn.selection_bias_bytes
 
     @property
     def total_ffn_bytes(self) -> int:
         return sum(self.ffn_bytes(layer) for layer in range(self.num_layers))
 
+    def matrix_bytes(self, weights: int, rows: int) -> int:
+        """Bytes of large matrices that have so many weights in so many rows."""
+        return weights + 4 * rows if self.int8_weights else weights * self.dtype.bytes
+
     @property
     def attention_weights(self) -> int:
         """Number of attention weights of one layer, norms included."""
-        h, a = self.hidden_size, self.attention
-        if isinstance(a, GqaSpec):
-            q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-            bias = (q + 2 * kv if a.qkv_bias else 0) + (h if a.output_bias else 0)
-            return 2 * h * q + 2 * h * kv + bias + (2 * a.head_dim if a.qk_norm else 0) + 2 * h
-        q = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
-        rank = a.q_lora_rank
-        query = h * q if rank is None else h * rank + rank + rank * q
-        latent = h * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank
-        expand = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-        bias = (rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim + h if a.bias else 0
-        return query + latent + expand + a.num_heads * a.v_head_dim * h + bias + 2 * h
+        matrices = sum(rows * columns for rows, columns in self.attention.matrices(self.hidden_size))
+        return matrices + self.attention.other_weights(self.hidden_size) + 2 * self.hidden_size
+
+    @property
+    def attention_bytes(self) -> int:
+        """Bytes of the attention weights of one layer, norms included."""
+        matrices = self.attention.matrices(self.hidden_size)
+        weights = sum(rows * columns for rows, columns in matrices)
+        others = self.attention_weights - weights
+        return self.matrix_bytes(weights, sum(rows for rows, _ in matrices)) + others * self.dtype.bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the LM head, be it the embedding or not."""
+        return self.matrix_bytes(self.vocab_size * self.hidden_size, self.vocab_size)
 
     @property
     def attention_side_bytes(self) -> int:
-        """Bytes of everything that is not FFN: embeddings, norms, attention, LM head."""
-        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        return (embeddings + self.hidden_size + self.num_layers * self.attention_weights) * self.dtype.bytes
+        """Bytes of everything that is not FFN: embedding, norms, attention, LM head.
+
+        An int8 head is a copy of its own even where the embedding is tied to it.
+        """
+        head = self.head_bytes if self.int8_weights or not self.tied_embeddings else 0
+        others = (self.vocab_size + 1) * self.hidden_size * self.dtype.bytes
+        return others + head + self.num_layers * self.attention_bytes

@@ -74,20 +74,19 @@ class LayerCosts:
             else attention.num_heads * (attention.kv_lora_rank + attention.qk_rope_head_dim)
         )
         operations = 2 * work.tokens * spec.attention_weights + 4 * width * work.attended
-        weights = spec.attention_weights * spec.dtype.bytes
-        bytes_read = weights + work.context * spec.kv_bytes_per_token_layer
+        bytes_read = spec.attention_bytes + work.context * spec.kv_bytes_per_token_layer
         return self.profile.time(operations, bytes_read)
 
     def ffn(self, work: Work) -> Nanoseconds:
         spec, ffn = self.spec, self.spec.layers[-1].ffn
-        weights_read = ffn.weights(spec.hidden_size) * active_share(ffn, work.tokens)
+        bytes_read = spec.ffn_bytes(spec.num_layers - 1) * active_share(ffn, work.tokens)
         operations = 2 * work.tokens * ffn.active_weights(spec.hidden_size)
-        return self.profile.time(operations, weights_read * spec.dtype.bytes)
+        return self.profile.time(operations, bytes_read)
 
     def head(self, rows: int) -> Nanoseconds:
         """Final norm, LM head and token choice for ``rows`` rows."""
         weights = self.spec.vocab_size * self.spec.hidden_size
-        return self.profile.time(2 * weights * rows, weights * self.spec.dtype.bytes)
+        return self.profile.time(2 * weights * rows, self.spec.head_bytes)
 
 
 def active_share(ffn: FfnSpec, tokens: int) -> float:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from crosspool.build.start import start_engine
-from crosspool.core.config import SchedulerConfig
+from crosspool.core.config import SchedulerConfig, WeightsMemory
 from crosspool.core.errors import EngineDeadError, InvalidRequestError, InvariantError, OverloadedError
 from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineStats, ModelInfo
@@ -49,6 +49,8 @@ class LLM:
         weights_pool_bytes: int | None = None,
         page_bytes: int | None = None,
         dtype: str = "auto",
+        weights_dtype: str = "auto",
+        weights_memory: WeightsMemory | str = WeightsMemory.MAPPED,
         kv_devices: Sequence[str] = ("cpu:0",),
         weights_devices: Sequence[str] = ("cpu:0",),
         sharding: Sharding | str = Sharding.LAYER,
@@ -62,6 +64,8 @@ class LLM:
             weights_pool_bytes=weights_pool_bytes,
             page_bytes=page_bytes,
             dtype=dtype,
+            weights_dtype=weights_dtype,
+            weights_memory=weights_memory,
             kv_devices=kv_devices,
             weights_devices=weights_devices,
             sharding=sharding,

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from crosspool.core.config import EngineConfig, Kernels, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import (
+    EngineConfig,
+    Kernels,
+    ModelConfig,
+    PoolConfig,
+    SchedulerConfig,
+    WeightsMemory,
+)
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 
@@ -21,6 +28,8 @@ def engine_config(
     weights_pool_bytes: int | None = None,
     page_bytes: int | None = None,
     dtype: str = "auto",
+    weights_dtype: str = "auto",
+    weights_memory: WeightsMemory | str = WeightsMemory.MAPPED,
     kv_devices: Sequence[str] = ("cpu:0",),
     weights_devices: Sequence[str] = ("cpu:0",),
     sharding: Sharding | str = Sharding.LAYER,
@@ -33,10 +42,15 @@ def engine_config(
         raise ConfigError(f"sharding must be {' or '.join(Sharding)}, not {sharding!r}")
     if kernels not in tuple(Kernels):
         raise ConfigError(f"kernels must be {' or '.join(Kernels)}, not {kernels!r}")
+    if weights_memory not in tuple(WeightsMemory):
+        raise ConfigError(f"weights_memory must be {' or '.join(WeightsMemory)}, not {weights_memory!r}")
     return EngineConfig(
-        models=model_configs(models, dtype),
+        models=model_configs(models, dtype, weights_dtype),
         pools=PoolConfig(
-            kv_pool_bytes=kv_pool_bytes, weights_pool_bytes=weights_pool_bytes, page_bytes=page_bytes
+            kv_pool_bytes=kv_pool_bytes,
+            weights_pool_bytes=weights_pool_bytes,
+            page_bytes=page_bytes,
+            weights_memory=WeightsMemory(weights_memory),
         ),
         scheduler=scheduler or SchedulerConfig(),
         kv_devices=tuple(kv_devices),
@@ -47,14 +61,20 @@ def engine_config(
     )
 
 
-def model_configs(models: Models, dtype: str = "auto") -> tuple[ModelConfig, ...]:
+def model_configs(
+    models: Models, dtype: str = "auto", weights_dtype: str = "auto"
+) -> tuple[ModelConfig, ...]:
     """Models given as {name: folder}, or as a list of "name=folder", folders (whose last part is the name)
-    and ModelConfigs, which keep their own dtype. Raises ConfigError."""
+    and ModelConfigs, which keep their own dtypes. Raises ConfigError."""
     if isinstance(models, str | PathLike):
         raise ConfigError(f"models must be a mapping or a list, not {models!r}")
     if isinstance(models, Mapping):
-        return tuple(ModelConfig(name, fspath(folder), dtype) for name, folder in models.items())
-    return tuple(model if isinstance(model, ModelConfig) else _named(model, dtype) for model in models)
+        named = [(name, fspath(folder)) for name, folder in models.items()]
+        return tuple(ModelConfig(name, folder, dtype, weights_dtype) for name, folder in named)
+    return tuple(
+        model if isinstance(model, ModelConfig) else ModelConfig(*_named(model), dtype, weights_dtype)
+        for model in models
+    )
 
 
 def split_name(argument: str) -> tuple[str | None, str]:
@@ -63,6 +83,6 @@ def split_name(argument: str) -> tuple[str | None, str]:
     return (name, place) if equals and not Path(argument).is_dir() else (None, argument)
 
 
-def _named(model: Folder, dtype: str) -> ModelConfig:
+def _named(model: Folder) -> tuple[str, str]:
     name, folder = split_name(fspath(model))
-    return ModelConfig(Path(folder).resolve().name if name is None else name, folder, dtype)
+    return (Path(folder).resolve().name if name is None else name), folder

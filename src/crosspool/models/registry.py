@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,12 +39,13 @@ def family(architecture: str) -> Family:
     return found
 
 
-def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
+def read_spec(path: str | Path, dtype: str = "auto", weights_dtype: str = "auto") -> ModelSpec:
     """The geometry of the model in a folder, from config.json and, if there is one, generation_config.json.
 
     ``dtype`` "auto" is the one the config states (float32 where it states none, as the public config classes
-    have it); "float32", "bfloat16" or "float16" override it. Raises CorruptCheckpointError for a file that is
-    missing or wrong, UnsupportedModelError for what no family covers.
+    have it); "float32", "bfloat16" or "float16" override it. ``weights_dtype`` "int8" quantises the large
+    matrices. Raises CorruptCheckpointError for a file that is missing or wrong, UnsupportedModelError for
+    what no family covers.
     """
     folder = Path(path)
     file = folder / "config.json"
@@ -56,7 +58,8 @@ def read_spec(path: str | Path, dtype: str = "auto") -> ModelSpec:
         )
         raise UnsupportedModelError(f"{file}: quantised checkpoints are not supported (method {method})")
     config = PublicConfig(file, values, chosen.defaults)
-    return model_spec(chosen, config, _dtype(config, dtype), _eos_token_ids(folder, config))
+    spec = model_spec(chosen, config, _dtype(config, dtype), _eos_token_ids(folder, config))
+    return replace(spec, int8_weights=weights_dtype == "int8")
 
 
 def _family(file: Path, values: Mapping[str, Any]) -> Family:

@@ -127,6 +127,11 @@ class FfnWeights:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
+def part_of(width: int, index: int, count: int) -> slice:
+    """Part ``index`` of ``count`` of so many intermediate elements."""
+    return slice(index * width // count, (index + 1) * width // count)
+
+
 def shard_ffn(weights: FfnWeights, index: int, count: int) -> FfnWeights:
     """Shard ``index`` of ``count``: a slice of every expert's intermediate dimension, as views.
 
@@ -135,8 +140,7 @@ def shard_ffn(weights: FfnWeights, index: int, count: int) -> FfnWeights:
     """
 
     def cut(expert: ExpertWeights) -> ExpertWeights:
-        width = expert.gate.shape[0]
-        part = slice(index * width // count, (index + 1) * width // count)
+        part = part_of(expert.gate.shape[0], index, count)
         return ExpertWeights(expert.gate[part], expert.up[part], expert.down[:, part])
 
     return replace(

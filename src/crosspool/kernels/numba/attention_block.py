@@ -18,7 +18,7 @@ from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes, narrow
 from crosspool.kernels.numba.exp import exp
 from crosspool.kernels.numba.intrinsics import floats, words
-from crosspool.kernels.numba.linear import multiply_rows
+from crosspool.kernels.numba.linear import dot_rows
 from crosspool.kernels.numba.matrix import Matrix
 from crosspool.kernels.numba.sum_tile import add_weighted
 
@@ -115,7 +115,7 @@ def _score(shape, batch, kv, tile, begin, end, query, addresses, scores):
         place = region + slot * shape.token_bytes + tile.kv_head * shape.head_bytes
         keys = Matrix(place, shape.token_bytes, count, shape.key_width, batch.dtype, 0)
         out = scores + 4 * position
-        multiply_rows(keys, 0, count, addresses, batch.dtype, tile.size, out, 4 * BLOCK)
+        dot_rows(keys, np.int64(0), count, addresses, batch.dtype, tile.size, out, 4 * BLOCK)
         position += count
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from crosspool.kernels.numba.sources import digest_of
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 ENTRY_ARGUMENTS = 8
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 def kernel(function: Function) -> Function:
@@ -93,9 +96,17 @@ def cache_folder(file: Path) -> Path:
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """What this machine's CPU can do, by LLVM's names."""
+    """What this machine's CPU can do and the system lets this process use, by LLVM's names."""
     features = llvmlite.binding.get_host_cpu_features()
-    return frozenset(name for name, there in features.items() if there)
+    there = frozenset(name for name, there in features.items() if there)
+    return there if _may_use_tiles() else there - {"amx-tile", "amx-bf16", "amx-int8", "amx-fp16"}
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the matrix unit, for this process and all its threads (arch_prctl(2))."""
+    if platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
 def _key(file: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from crosspool.kernels.numba.compile import inline, kernel
+from crosspool.kernels.numba.amx import amx_rows
+from crosspool.kernels.numba.compile import cpu_features, inline, kernel
 from crosspool.kernels.numba.dot_tile import ROWS, VECTORS, make_tile
 from crosspool.kernels.numba.elements import BFLOAT16, FLOAT16, FLOAT32, INT8
 from crosspool.kernels.numba.intrinsics import floats
@@ -75,6 +76,9 @@ _dots_int8_float32 = _make_dots(INT8, FLOAT32)
 _dots_int8_float16 = _make_dots(INT8, FLOAT16)
 
 
+_bfloat16_rows = amx_rows if "amx-bf16" in cpu_features() else _dots_bfloat16
+
+
 @kernel
 def multiply_rows(matrix, first, last, x, x_dtype, count, out, out_stride):
     """Rows ``first`` to ``last - 1`` of a Matrix by ``count`` vectors.
@@ -83,6 +87,16 @@ def multiply_rows(matrix, first, last, x, x_dtype, count, out, out_stride):
     INT8). The float32 product of row r and vector v goes to address ``out + v * out_stride + 4 * (r -
     first)``. A product's value depends on the row and the vector alone.
     """
+    if matrix.dtype == BFLOAT16:
+        weights, columns = matrix.address + first * matrix.stride, matrix.columns
+        _bfloat16_rows(weights, matrix.stride, last - first, columns, x, count, out, out_stride)
+    else:
+        dot_rows(matrix, first, last, x, x_dtype, count, out, out_stride)
+
+
+@kernel
+def dot_rows(matrix, first, last, x, x_dtype, count, out, out_stride):
+    """The same without the matrix unit, for matrices that are read in small pieces."""
     rows, columns, stride = last - first, matrix.columns, matrix.stride
     weights = matrix.address + first * stride
     if matrix.dtype == BFLOAT16:

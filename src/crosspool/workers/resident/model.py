@@ -7,24 +7,36 @@ takes part (kernels/numba/ffn.py). Everything else is the attention side.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from crosspool.core.errors import InvariantError
 from crosspool.core.kv_layout import KvLayout
-from crosspool.core.spec import FfnSpec, GqaSpec, MlaSpec, ModelSpec
+from crosspool.core.spec import GqaSpec, MlaSpec, ModelSpec, RouterSpec
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.numba.choice import choice_mine_bytes
 from crosspool.kernels.numba.ffn import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
 from crosspool.kernels.numba.gqa import gqa_mine_bytes, gqa_room_bytes
 from crosspool.kernels.numba.gqa_fields import GqaTensors, describe_gqa
 from crosspool.kernels.numba.head import describe_head, head_mine_bytes, head_room_bytes
-from crosspool.kernels.numba.matrix import CODES
+from crosspool.kernels.numba.matrix import CODES, Weight
 from crosspool.kernels.numba.mla import mla_mine_bytes, mla_room_bytes
 from crosspool.kernels.numba.mla_fields import MlaTensors, describe_mla
 from crosspool.kernels.numba.router import describe_router
 from crosspool.models.layers import rope_frequencies
-from crosspool.models.weights import AttentionSideWeights, FfnWeights, GqaWeights, MlaWeights, torch_dtype
+from crosspool.models.placement import WHOLE, InPlace, Placement
+from crosspool.models.weights import (
+    AttentionLayerWeights,
+    AttentionSideWeights,
+    FfnWeights,
+    GqaWeights,
+    MlaWeights,
+    part_of,
+    torch_dtype,
+)
 from crosspool.workers.resident.model_words import (
     ATTENTION,
     ATTENTION_WORDS,
@@ -57,32 +69,45 @@ class ResidentModel:
     """The words of one model, and everything that they lead to, kept alive with it.
 
     ``parts`` is the number of devices that share each FFN. A model can be run when every part of every
-    layer's FFN has been put.
+    layer's FFN has been put. What it keeps of the weights given is what ``place`` makes of them.
     """
 
     def __init__(
-        self, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights, *, parts: int
+        self,
+        spec: ModelSpec,
+        layout: KvLayout,
+        weights: AttentionSideWeights,
+        *,
+        parts: int,
+        place: Placement | None = None,
     ) -> None:
+        place = place or InPlace()
         self.spec = spec
         self.layout = layout
-        self._keep: list[object] = [weights]
+        self._parts = parts
+        self._keep: list[object] = []
+        self._routers: dict[int, np.ndarray] = {}
         self._layers = np.zeros((spec.num_layers, LAYER_WORDS), np.int64)
         self._ffns = np.zeros((spec.num_layers, parts, 2), np.int64)
         self._attention: list[np.ndarray] = []
         self._ffn_words: dict[tuple[int, int], np.ndarray] = {}
-        self._words = self._describe(weights)
-        for layer in range(spec.num_layers):
-            self._put_layer(layer, weights)
+        self._words = self._describe(weights, place)
+        for layer, own in enumerate(weights.layers):
+            self._put_layer(layer, own, place)
 
     @property
     def address(self) -> int:
         return int(self._words.ctypes.data)
 
-    def put_ffn(self, layer: int, part: int, weights: FfnWeights) -> None:
-        """One device's share of a layer's FFN."""
-        words = _describe_ffn(self.spec.layers[layer].ffn, weights)
+    def put_ffn(self, layer: int, part: int, weights: FfnWeights, place: Placement | None = None) -> None:
+        """One device's share of a layer's FFN, of which ``weights`` is the whole. All share one router."""
+        place, spec = place or InPlace(), self.spec.layers[layer].ffn
+        if layer not in self._routers and spec.router is not None:
+            self._routers[layer] = self._describe_router(spec.router, weights, place)
+        experts = [self._expert(expert, part, place) for expert in weights.experts]
+        shared = None if weights.shared is None else self._expert(weights.shared, part, place)
+        words = describe_ffn(spec.activation, experts, self._routers.get(layer), shared)
         self._ffn_words[layer, part] = words
-        self._keep.append(weights)
         self._ffns[layer, part] = words.ctypes.data, len(words)
 
     def check_complete(self) -> None:
@@ -107,12 +132,24 @@ class ResidentModel:
         head = max(head_mine_bytes(self.spec.hidden_size), choice_mine_bytes(self.spec.vocab_size))
         return max(norms, head, *halves, *ffns)
 
-    def _describe(self, weights: AttentionSideWeights) -> np.ndarray:
+    def _tensor(self, tensor: Tensor, place: Placement) -> Tensor:
+        kept = place.tensor(tensor)
+        self._keep.append(kept)
+        return kept
+
+    def _matrix(self, weight: Tensor, place: Placement, columns: slice = WHOLE) -> Weight:
+        kept = place.matrix(weight, columns)
+        self._keep.append(kept)
+        return kept
+
+    def _describe(self, weights: AttentionSideWeights, place: Placement) -> np.ndarray:
         spec = self.spec
         frequencies, gain = rope_frequencies(spec.rope)
-        head = describe_head(weights.final_norm, spec.norm_eps, weights.head)
-        embedding = weights.embedding.contiguous()
-        self._keep += [frequencies, head, embedding]
+        embedding = self._tensor(weights.embedding, place)
+        tied = weights.head is weights.embedding and not spec.int8_weights
+        matrix = embedding if tied else self._matrix(weights.head, place)
+        head = describe_head(self._tensor(weights.final_norm, place), spec.norm_eps, matrix)
+        self._keep += [frequencies, head]
         words = np.zeros(MODEL_WORDS, np.int64)
         words[LAYERS], words[HIDDEN] = spec.num_layers, spec.hidden_size
         words[DTYPE], words[VOCABULARY] = CODES[torch_dtype(spec.dtype)], spec.vocab_size
@@ -123,24 +160,31 @@ class ResidentModel:
         words.view(np.float64)[ROTARY_GAIN], words.view(np.float64)[EPSILON] = gain, spec.norm_eps
         return words
 
-    def _put_layer(self, layer: int, weights: AttentionSideWeights) -> None:
-        own, layout = weights.layers[layer], self.layout
-        attention = self._describe_attention(own.attention)
+    def _put_layer(self, layer: int, own: AttentionLayerWeights, place: Placement) -> None:
+        layout = self.layout
+        attention = self._describe_attention(own.attention, place)
         self._attention.append(attention)
         words = self._layers[layer]
         words[LATENT] = isinstance(own.attention, MlaWeights)
         words[ATTENTION], words[ATTENTION_WORDS] = attention.ctypes.data, len(attention)
-        words[INPUT_NORM], words[FFN_NORM] = own.input_norm.data_ptr(), own.ffn_norm.data_ptr()
-        group, place = layout.group_of_layer[layer], layout.place_of_layer[layer]
-        words[KV_OFFSET] = place * layout.tokens_per_page * layout.bytes_per_token_layer
+        norms = [self._tensor(norm, place) for norm in (own.input_norm, own.ffn_norm)]
+        words[INPUT_NORM], words[FFN_NORM] = (norm.data_ptr() for norm in norms)
+        group = layout.group_of_layer[layer]
+        words[KV_OFFSET] = (
+            layout.place_of_layer[layer] * layout.tokens_per_page * layout.bytes_per_token_layer
+        )
         words[KV_GROUP], words[KV_WINDOW] = group, layout.groups[group].window or 0
         words[FFNS] = self._ffns[layer].ctypes.data
 
-    def _describe_attention(self, weights: GqaWeights | MlaWeights) -> np.ndarray:
+    def _describe_attention(self, weights: GqaWeights | MlaWeights, place: Placement) -> np.ndarray:
+        placed: dict[str, Any] = {
+            field.name: self._attention_weight(field.name, getattr(weights, field.name), place)
+            for field in fields(weights)
+        }
         match self.spec.attention, weights:
             case GqaSpec() as gqa, GqaWeights():
                 return describe_gqa(
-                    GqaTensors(**{name: getattr(weights, name) for name in GqaTensors._fields}),
+                    GqaTensors(**placed),
                     heads=gqa.num_heads,
                     kv_heads=gqa.num_kv_heads,
                     scale=gqa.scale,
@@ -149,7 +193,7 @@ class ResidentModel:
                 )
             case MlaSpec() as mla, MlaWeights():
                 words, turned = describe_mla(
-                    MlaTensors(**{name: getattr(weights, name) for name in MlaTensors._fields}),
+                    MlaTensors(**placed),
                     rotary=mla.qk_rope_head_dim,
                     scale=mla.scale,
                     epsilon=mla.latent_norm_eps,
@@ -159,19 +203,26 @@ class ResidentModel:
                 return words
         raise InvariantError("weights of another kind of attention than the spec's")
 
+    def _attention_weight(self, name: str, weight: Tensor | None, place: Placement) -> Weight | None:
+        if weight is None:
+            return None
+        if name == "expand_key":
+            # Kernels want it turned: placed like that, turning it again makes no further copy.
+            return self._tensor(weight.transpose(1, 2).contiguous(), place).transpose(1, 2)
+        return self._matrix(weight, place) if weight.dim() == 2 else self._tensor(weight, place)
 
-def _describe_ffn(spec: FfnSpec, weights: FfnWeights) -> np.ndarray:
-    def expert(part: ExpertWeights) -> Expert:
-        return Expert(part.gate, part.up, part.down)
+    def _expert(self, weights: ExpertWeights, part: int, place: Placement) -> Expert:
+        own = part_of(weights.gate.shape[0], part, self._parts)
+        gate, up = (self._matrix(weight[own], place) for weight in (weights.gate, weights.up))
+        return Expert(gate, up, self._matrix(weights.down, place, columns=own))
 
-    router = None
-    if spec.router is not None:
+    def _describe_router(self, rules: RouterSpec, weights: FfnWeights, place: Placement) -> np.ndarray:
+        bias = weights.selection_bias
         if weights.router is None:
             raise InvariantError("the weights of an FFN with experts lack their router")
-        rules = spec.router
-        router = describe_router(
-            weights.router,
-            weights.selection_bias,
+        return describe_router(
+            self._tensor(weights.router, place),
+            None if bias is None else self._tensor(bias, place),
             top_k=rules.top_k,
             scoring=rules.scoring,
             normalise=rules.normalise,
@@ -180,8 +231,6 @@ def _describe_ffn(spec: FfnSpec, weights: FfnWeights) -> np.ndarray:
             top_groups=rules.top_groups,
             group_score=rules.group_score,
         )
-    shared = None if weights.shared is None else expert(weights.shared)
-    return describe_ffn(spec.activation, [expert(part) for part in weights.experts], router, shared)
 
 
 def largest(models: Sequence[ResidentModel], tokens: int, rows: int) -> tuple[int, int]:
