@@ -134,7 +134,7 @@ class Rig:
         self._rows: dict[GrantId, list[tuple[HandMade, int]]] = {}
 
     def _shards(self, topology: Topology) -> Iterator[tuple[int, int, int, int, FfnWeights]]:
-        """(model, layer, part, device, weights) of every FFN's every part."""
+        """(model, layer, part, device, weights of the part) of every FFN's every part."""
         for index, model in enumerate(self.models):
             for layer, weights in enumerate(model.ffns):
                 devices = topology.ffn_devices(layer)
@@ -144,8 +144,8 @@ class Rig:
     def _resident(self, topology: Topology, backends, tasks: int | None) -> ResidentExecutor:
         parts = len(topology.ffn_devices(0))
         models = [ResidentModel(m.spec, m.layout, m.weights, parts=parts) for m in self.models]
-        for model, layer, part, _, shard in self._shards(topology):
-            models[model].put_ffn(layer, part, shard)
+        for model, layer, part, _, _ in self._shards(topology):
+            models[model].put_ffn(layer, part, self.models[model].ffns[layer])
         return ResidentExecutor(
             topology,
             backends,

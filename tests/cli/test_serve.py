@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from crosspool.cli.app import app
-from crosspool.core.config import EngineConfig
+from crosspool.core.config import EngineConfig, WeightsMemory
 from crosspool.core.errors import ConfigError
 from crosspool.core.ids import ModelIndex
 from crosspool.core.info import EngineInfo, LoadProgress, ModelInfo, Residency
@@ -30,6 +30,7 @@ INFO = EngineInfo(
             path="/models/good",
             architecture="MixtralForCausalLM",
             dtype="bfloat16",
+            weights_dtype="int8",
             max_context=8192,
             max_pool_tokens=4000,
             kv_bytes_per_token=23040,
@@ -85,17 +86,19 @@ def run(*arguments: str) -> Any:
 
 def test_every_option_reaches_the_configs(fake: FakeServer, tmp_path: Path) -> None:
     options = (
-        "a second=b --dtype float32 --kv-pool-bytes 2GiB --weights-pool-bytes 500MB --page-bytes 65536 "
+        "a second=b --dtype float32 --weights-dtype int8 --weights-memory huge "
+        "--kv-pool-bytes 2GiB --weights-pool-bytes 500MB --page-bytes 65536 "
         "--kv-devices cpu:0 --weights-devices cpu:1,cpu:2 --ffn-sharding tensor --threads 1 "
         "--ttft-target-ms 700 --tbt-target-ms 12.5 --host 0.0.0.0 --port 9000 --api-key secret"
     )
     result = run(*options.split())
     assert result.exit_code == 0, result.output
     engine, server = fake.engine, fake.server
-    assert [(model.name, model.path, model.dtype) for model in engine.models] == [
-        ("a", str(tmp_path / "a"), "float32"),
-        ("second", str(tmp_path / "b"), "float32"),
+    assert [(model.name, model.path, model.dtype, model.weights_dtype) for model in engine.models] == [
+        ("a", str(tmp_path / "a"), "float32", "int8"),
+        ("second", str(tmp_path / "b"), "float32", "int8"),
     ]
+    assert engine.pools.weights_memory is WeightsMemory.HUGE
     assert engine.pools.kv_pool_bytes == 2 * GIB
     assert engine.pools.weights_pool_bytes == 500_000_000
     assert engine.pools.page_bytes == 65536
@@ -148,7 +151,7 @@ def test_the_summary_names_both_pools_and_what_to_try(fake: FakeServer) -> None:
     assert result.stderr.count("bad will not be served: config.json is missing") == 1
     out = result.stdout
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["good"])
-    assert " ".join(row) == ("good Mixtral bfloat16 100 MiB 3.00 GiB resident 22.5 KiB 4,000 tokens")
+    assert " ".join(row) == ("good Mixtral bfloat16, int8 100 MiB 3.00 GiB resident 22.5 KiB 4,000 tokens")
     assert "16,384 of 64.0 KiB" in out
     assert ["bad", "failed"] in [line.split() for line in out.splitlines()]
     assert 'crosspool chat good "What is the capital of France?"\n' in out
@@ -183,6 +186,16 @@ def test_json_is_one_line_with_everything(fake: FakeServer) -> None:
         (["a", "--kv-pool-bytes", "0"], "kv_pool_bytes must be above 0"),
         (["a", "--kv-pool-bytes", "1GiB", "--kv-pool-fraction", "0.5"], "not both"),
         (["a", "--dtype", "int4"], "dtype must be auto, float32, bfloat16 or float16, not 'int4'"),
+        (["a", "--weights-dtype", "int4"], "model a: weights_dtype must be auto or int8, not 'int4'"),
+        (["a", "--weights-memory", "disk"], "'disk' is not one of"),
+        (
+            ["a", "--weights-dtype", "int8", "--kernels", "reference"],
+            "model a: weights_dtype int8 needs the compiled kernels",
+        ),
+        (
+            ["a", "--weights-memory", "huge", "--kernels", "reference"],
+            "weights_memory huge needs the compiled kernels",
+        ),
         (["a", "--ffn-sharding", "rows"], "'rows' is not one of"),
         (["a", "--kv-devices", "cpu:0,cpu:0"], "names a device twice"),
         (["a", "--port", "70000"], "port must be within 0 and 65535"),

@@ -31,16 +31,19 @@ def test_the_source_that_is_over_the_other_goes_first_and_models_add_up(tmp_path
     assert (server.host, server.port) == ("0.0.0.0", 1234)
 
 
-def test_a_model_keeps_its_own_name_and_dtype(tmp_path: Path) -> None:
+def test_a_model_keeps_its_own_name_and_dtypes(tmp_path: Path) -> None:
     settings = Settings(
         models=(
-            entry(tmp_path, "a", name="first", dtype="float32", pinned=True, tbt_target=7),
+            entry(
+                tmp_path, "a", name="first", dtype="float32", weights_dtype="auto", pinned=True, tbt_target=7
+            ),
             entry(tmp_path, "b"),
         )
     )
-    first, second = settings.engine_config("bfloat16").models
+    first, second = settings.engine_config("bfloat16", "int8").models
     assert (first.name, first.dtype, first.pinned, first.tbt_target) == ("first", "float32", True, 7)
     assert (second.name, second.dtype, second.pinned, second.tbt_target) == ("b", "bfloat16", False, None)
+    assert (first.weights_dtype, second.weights_dtype) == ("auto", "int8")
 
 
 def test_settings_are_checked_before_models_are_looked_for(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from crosspool.cli.settings import ModelEntry
 from crosspool.cli.zoo_file import read_zoo_file
-from crosspool.core.config import SchedulerConfig
+from crosspool.core.config import SchedulerConfig, WeightsMemory
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 from crosspool.server.config import LimitsConfig, ServerConfig, SupervisionConfig
@@ -23,6 +23,7 @@ path = "big"
 name = "small"
 path = "org/small"
 dtype = "float32"
+weights_dtype = "int8"
 pinned = true
 ttft_target_ms = 500
 tbt_target_ms = 12.5
@@ -31,6 +32,7 @@ tbt_target_ms = 12.5
 kv_pool_bytes = "2GiB"
 weights_pool_bytes = 1000000
 kv_pool_fraction = 0.25
+weights_memory = "huge"
 
 [devices]
 kv_devices = ["cpu:0"]
@@ -73,6 +75,7 @@ def test_every_table_is_read(tmp_path: Path) -> None:
             base=tmp_path,
             name="small",
             dtype="float32",
+            weights_dtype="int8",
             pinned=True,
             ttft_target=500_000_000,
             tbt_target=12_500_000,
@@ -82,6 +85,7 @@ def test_every_table_is_read(tmp_path: Path) -> None:
         "kv_pool_bytes": 2 * 2**30,
         "weights_pool_bytes": 1_000_000,
         "kv_pool_fraction": 0.25,
+        "weights_memory": WeightsMemory.HUGE,
     }
     assert settings.devices == {
         "kv_devices": ("cpu:0",),
@@ -125,6 +129,7 @@ def test_relative_folders_are_relative_to_the_file(tmp_path: Path, monkeypatch: 
         ("[[models]]\npath = 'a'\npinned = 1", "'pinned' in [models] must be true or false, not 1"),
         ("[devices]\nkv_devices = 'cpu:0'", "'kv_devices' in [devices] must be a list of texts"),
         ("[devices]\nffn_sharding = 'x'", "'ffn_sharding' in [devices] must be 'layer' or 'tensor'"),
+        ("[pools]\nweights_memory = 'x'", "'weights_memory' in [pools] must be 'mapped' or 'huge', not 'x'"),
         ("[pools", "is not valid TOML"),
     ],
 )

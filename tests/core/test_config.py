@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import (
+    EngineConfig,
+    Kernels,
+    ModelConfig,
+    PoolConfig,
+    SchedulerConfig,
+    WeightsMemory,
+)
 from crosspool.core.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -31,6 +38,18 @@ def test_what_is_refused() -> None:
         ModelConfig("a", "/models/a", dtype="int3")
     with pytest.raises(ConfigError, match="without spaces"):
         ModelConfig("a b", "/models/a")
+    with pytest.raises(ConfigError, match="model a: weights_dtype must be auto or int8, not 'int4'"):
+        ModelConfig("a", "/models/a", weights_dtype="int4")
+
+
+def test_plain_torch_has_neither_int8_nor_copies() -> None:
+    int8 = ModelConfig("b", "/models/b", weights_dtype="int8")
+    with pytest.raises(ConfigError, match="model b: weights_dtype int8 needs the compiled kernels"):
+        EngineConfig((A, int8), kernels=Kernels.REFERENCE)
+    huge = PoolConfig(weights_memory=WeightsMemory.HUGE)
+    with pytest.raises(ConfigError, match="weights_memory huge needs the compiled kernels"):
+        EngineConfig((A,), huge, kernels=Kernels.REFERENCE)
+    assert EngineConfig((A, int8), huge).kernels is Kernels.COMPILED
 
 
 def test_teams_follow_from_the_devices() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from crosspool.core.batch import Half, Phase
@@ -32,6 +34,17 @@ def test_one_token_is_bound_by_bytes_and_many_by_operations() -> None:
     assert one == int(ffn.weights(1024) * 2 * share / 1e9 * 1e9)
     many = costs.ffn(costs.work([(0, 100_000)]))
     assert many == pytest.approx(2 * 100_000 * ffn.active_weights(1024) / 1e12 * 1e9, rel=1e-6)
+
+
+def test_int8_weights_are_read_in_their_own_bytes() -> None:
+    spec = replace(gqa_spec(hidden=64), int8_weights=True)
+    costs, work = LayerCosts(spec, HardwareProfile(1e18, 1e9, Nanoseconds(0))), Work(1, 0, 0)
+    experts, width, heads, head = 5, 24, 3, 8
+    matrices = experts * (3 * 64 * width + 4 * (2 * width + 64))
+    assert costs.ffn(work) == pytest.approx((matrices + 2 * experts * 64) * 2 / 5, abs=1)
+    projections = 2 * 64 * heads * head + 2 * 64 * head + 4 * (heads * head + 2 * head + 64)
+    assert costs.attention(work) == projections + 2 * 2 * 64
+    assert costs.head(1) == 97 * 64 + 4 * 97
 
 
 def test_longer_context_costs_attention_alone() -> None:

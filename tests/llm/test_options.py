@@ -2,7 +2,7 @@
 
 import pytest
 
-from crosspool.core.config import ModelConfig, SchedulerConfig
+from crosspool.core.config import ModelConfig, SchedulerConfig, WeightsMemory
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 from crosspool.llm.options import engine_config, model_configs, split_name
@@ -11,8 +11,11 @@ pytestmark = pytest.mark.unit
 
 
 def test_models_as_a_mapping(tmp_path):
-    configs = model_configs({"a": tmp_path, "b": "x/y"}, "float32")
-    assert configs == (ModelConfig("a", str(tmp_path), "float32"), ModelConfig("b", "x/y", "float32"))
+    configs = model_configs({"a": tmp_path, "b": "x/y"}, "float32", "int8")
+    assert configs == (
+        ModelConfig("a", str(tmp_path), "float32", "int8"),
+        ModelConfig("b", "x/y", "float32", "int8"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def test_models_as_a_list(tmp_path, monkeypatch):
     folder = tmp_path / "with=sign"
     folder.mkdir()
     own = ModelConfig("own", "o", "bfloat16", pinned=True)
-    configs = model_configs(["a=x/y=z", "models/b", str(folder), tmp_path / "c", own], "float32")
+    configs = model_configs(["a=x/y=z", "models/b", str(folder), tmp_path / "c", own], "float32", "int8")
     assert [(config.name, config.path) for config in configs] == [
         ("a", "x/y=z"),
         ("b", "models/b"),
@@ -47,6 +50,7 @@ def test_models_as_a_list(tmp_path, monkeypatch):
         ("own", "o"),
     ]
     assert [config.dtype for config in configs] == ["float32"] * 4 + ["bfloat16"]
+    assert [config.weights_dtype for config in configs] == ["int8"] * 4 + ["auto"]
     monkeypatch.chdir(folder)
     assert model_configs(["."])[0].name == "with=sign"
 
@@ -58,6 +62,8 @@ def test_every_option_arrives():
         kv_pool_bytes=1000,
         weights_pool_bytes=2000,
         page_bytes=100,
+        weights_dtype="int8",
+        weights_memory="huge",
         kv_devices=["cpu:0", "cpu:1"],
         weights_devices=["cpu:2"],
         sharding="tensor",
@@ -69,6 +75,7 @@ def test_every_option_arrives():
         2000,
         100,
     )
+    assert (config.models[0].weights_dtype, config.pools.weights_memory) == ("int8", WeightsMemory.HUGE)
     assert (config.kv_devices, config.weights_devices) == (("cpu:0", "cpu:1"), ("cpu:2",))
     assert (config.sharding, config.threads, config.scheduler) == (Sharding.TENSOR, 3, scheduler)
 
@@ -81,6 +88,8 @@ def test_every_option_arrives():
         (["x/a", "y/a"], {}, "given twice: a"),
         (["=x"], {}, "name must be"),
         ({"a": "x"}, {"dtype": "int8"}, "dtype must be"),
+        ({"a": "x"}, {"weights_dtype": "int4"}, "model a: weights_dtype must be auto or int8, not 'int4'"),
+        ({"a": "x"}, {"weights_memory": "disk"}, "weights_memory must be mapped or huge, not 'disk'"),
         ({"a": "x"}, {"sharding": "row"}, "sharding must be layer or tensor, not 'row'"),
         ({"a": "x"}, {"threads": 0}, "threads"),
         ({"a": "x"}, {"kv_devices": []}, "kv_devices is empty"),

@@ -53,6 +53,15 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor(B, torch.bfloat16), tensors()["b"])
 
 
+def test_what_is_paged_out_can_still_be_read(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    view = checkpoint.tensor(A, torch.float32)
+    checkpoint.page_out()
+    assert torch.equal(view, tensors()["a"])
+    assert torch.equal(checkpoint.tensor(B, torch.bfloat16), tensors()["b"])
+
+
 def test_any_name_will_do_for_an_only_file_and_the_usual_one_goes_first(tmp_path: Path) -> None:
     single(tmp_path, "weights.safetensors")
     assert torch.equal(Checkpoint(tmp_path).tensor(A, torch.float32), tensors()["a"])
