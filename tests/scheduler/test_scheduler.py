@@ -336,3 +336,18 @@ def test_who_stalls_for_pages_recalls_the_grants_that_may_have_to_give_them_up()
     assert recalled and set(recalled) <= late, "who is due first gives nothing up"
     assert len(recalled) == len(set(recalled))
     assert world.engine.stats().models[1].preemptions > 0
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_came_before_it() -> None:
+    """Of another model, and of the same: the long one's own time is part of its deadline."""
+    config = small_steps(ttft_target=5 * MILLISECOND)
+    world = make_world([SPEC, SPEC], page_bytes=PAGE, pages=800, scheduler=config)
+    world.add(make_request(0, tuple(range(100)) * 35, 1))
+    for _ in range(20):
+        world.step()
+        world.executor.advance()
+    for number, model in ((1, 0), (2, 1)):
+        world.add(make_request(number, PROMPT, 1, model=model))
+    world.run()
+    first = [world.token_times[RequestId(number)][0] for number in range(3)]
+    assert max(first[1:]) < first[0] // 4

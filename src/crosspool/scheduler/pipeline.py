@@ -42,6 +42,12 @@ class Pipeline:
         work = self._costs[model].work(chunks)
         return max(self._layer_times(model, Phase.PREFILL, work)) <= self._config.chunk_layer_cost
 
+    def prompt_time(self, model: ModelIndex, tokens: int, start: int = 0) -> Nanoseconds:
+        """Predicted time of ``tokens`` of a prompt from position ``start`` on, with the machine to itself."""
+        costs = self._costs[model]
+        layer = self._layer_times(model, Phase.PREFILL, costs.work([(start, tokens)]))
+        return Nanoseconds(sum(layer) * costs.spec.num_layers)
+
     def decode_times(self, model: ModelIndex, rows: Collection[Sequence]) -> Times:
         """Of a decode grant.
 
@@ -59,15 +65,22 @@ class Pipeline:
         )
 
     def prefill_times(self, model: ModelIndex, chunks: Collection[tuple[Sequence, int]]) -> Times:
-        """Of a prefill grant: it is aged once the first of its rows is due to have its first token."""
+        """Of a prefill grant. It is aged once the first of its rows would be late with its first token even if
+        what is left of its prompt had the machine to itself from now on."""
         costs = self._costs[model]
         layer = self._layer_times(
             model, Phase.PREFILL, costs.work((row.computed, tokens) for row, tokens in chunks)
         )
         own = sum(layer) * costs.spec.num_layers
         return Times(
-            min(row.due for row, _ in chunks), Nanoseconds(0), Nanoseconds(max(layer)), Nanoseconds(own)
+            Nanoseconds(min(self._latest_start(row) for row, _ in chunks)),
+            Nanoseconds(0),
+            Nanoseconds(max(layer)),
+            Nanoseconds(own),
         )
+
+    def _latest_start(self, row: Sequence) -> int:
+        return row.due - self.prompt_time(row.request.model, row.pending, row.computed)
 
     def submitted(self, grant: Grant, pass_time: Nanoseconds) -> None:
         if grant.phase is Phase.DECODE:

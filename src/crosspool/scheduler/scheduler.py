@@ -64,7 +64,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """A new request that fits the pool. Raises OverloadedError if its model's line is full."""
         ttft, tbt = self._targets[request.model]
-        sequence = Sequence(request, Nanoseconds(request.arrival + ttft), tbt, self.moves)
+        own = self._pipeline.prompt_time(request.model, len(request.prompt_token_ids))
+        sequence = Sequence(request, Nanoseconds(request.arrival + ttft + own), tbt, self.moves)
         self._admission.join(sequence)
         self._sequences[request.id] = sequence
 

@@ -47,8 +47,9 @@ TRANSITIONS = frozenset(
 class Sequence:
     """What is stored is little; lengths are derived.
 
-    ``due`` (arrival + TTFT target) orders admission and preemption for the sequence's whole life: the
-    earliest is never preempted, so somebody always comes through. ``computed`` is the number of positions
+    ``due`` (arrival, TTFT target and the time that the prompt itself takes) orders admission, prefill and
+    preemption for the sequence's whole life: short prompts pass long ones that came a little earlier, and
+    the earliest is never preempted, so somebody always comes through. ``computed`` is the number of positions
     whose KV is in pages.
     """
 
