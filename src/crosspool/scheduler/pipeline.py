@@ -65,8 +65,8 @@ class Pipeline:
         )
 
     def prefill_times(self, model: ModelIndex, chunks: Collection[tuple[Sequence, int]]) -> Times:
-        """Of a prefill grant. It is aged once the first of its rows would be late with its first token even if
-        what is left of its prompt had the machine to itself from now on."""
+        """Of a prefill grant. It is aged once the first of its rows would be late with its first token even
+        if what is left of its prompt had the machine to itself from now on."""
         costs = self._costs[model]
         layer = self._layer_times(
             model, Phase.PREFILL, costs.work((row.computed, tokens) for row, tokens in chunks)

@@ -106,7 +106,7 @@ def _may_use_tiles() -> bool:
     """Ask Linux for the matrix unit, for this process and all its threads (arch_prctl(2))."""
     if platform.machine() != "x86_64":
         return False
-    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
 
 
 def _key(file: Path) -> str:
