@@ -53,11 +53,11 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor(B, torch.bfloat16), tensors()["b"])
 
 
-def test_what_is_paged_out_can_still_be_read(tmp_path: Path) -> None:
+def test_what_is_released_can_still_be_read(tmp_path: Path) -> None:
     sharded(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     view = checkpoint.tensor(A, torch.float32)
-    checkpoint.page_out()
+    checkpoint.release()
     assert torch.equal(view, tensors()["a"])
     assert torch.equal(checkpoint.tensor(B, torch.bfloat16), tensors()["b"])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +17,6 @@ from crosspool.core.errors import OutOfMemoryError
 HUGE_PAGE = 1 << 21
 SEGMENT = 1 << 28
 _LINE = 64
-_PAGEOUT = 21
-"""MADV_PAGEOUT of Linux's mman.h, which Python's mmap does not name."""
 
 
 class HugeArena:
@@ -52,13 +52,17 @@ def _segment(size: int) -> Tensor:
     return whole[begin : begin + length - HUGE_PAGE]
 
 
-def page_out(address: int, size: int) -> None:
-    """Give back physical memory of a mapped file's range, and the file cache below it.
+def release(file: Path) -> None:
+    """Give back this process's pages of a file, where it is mapped and nobody has written to it.
 
-    Contents stay: whoever reads on has them read from the file again. Pages that other processes map too stay
-    in memory, and so do those of a file that this process may not write; the system then takes them when it
-    needs room.
+    Whoever reads on has them again, from the system's file cache, where they stay until it needs the room: an
+    engine that is started again finds them there.
     """
-    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + size - begin), _PAGEOUT)
+    libc, name = ctypes.CDLL(None, use_errno=True), str(file.resolve())
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        bounds, *_, path = line.split(maxsplit=5)
+        if path != name:
+            continue
+        begin, end = (int(bound, 16) for bound in bounds.split("-"))
+        if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}", name)

@@ -168,17 +168,17 @@ class _Loader:
     def _load_attention_side(self, source: _Source, layout: KvLayout) -> None:
         weights = load_attention_side(source.spec, source.checkpoint)
         self._workers.put_attention_side(source.index, source.spec, layout, weights)
-        self._page_out(source)
+        self._release(source)
 
     def _load_layer(self, source: _Source, layer: int) -> None:
         weights = load_ffn(source.spec, source.checkpoint, layer)
         self._workers.put_ffn(source.index, layer, weights)
-        self._page_out(source)
+        self._release(source)
 
-    def _page_out(self, source: _Source) -> None:
+    def _release(self, source: _Source) -> None:
         """What is copied is in memory once: the rest of the copy needs the room."""
         if self._workers.copies(source.spec):
-            source.checkpoint.page_out()
+            source.checkpoint.release()
 
     def _unload(self, model: ModelIndex) -> None:
         self._workers.remove(model)

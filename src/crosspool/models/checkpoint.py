@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crosspool.backends.weights_memory import page_out
+from crosspool.backends.weights_memory import release
 from crosspool.core.errors import (
     CorruptCheckpointError,
     MissingTensorError,
@@ -83,14 +83,11 @@ class Checkpoint:
             )
         return file
 
-    def page_out(self) -> None:
-        """Give back the memory that what was read so far takes. Views stay valid: reading them on reads the
-        files again."""
-        for file, opened in self._opened.items():
-            tensors = [opened.get_tensor(name) for name in self._names[file]]
-            begin = min(tensor.data_ptr() for tensor in tensors)
-            end = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors)
-            page_out(begin, end - begin)
+    def release(self) -> None:
+        """Give back the memory of what was read so far, to which nobody may have written. Views stay valid:
+        reading them on reads the files again."""
+        for file in self._opened:
+            release(self.folder / file)
 
     def stored_as(self, slot: TensorSlot, dtype: torch.dtype) -> bool:
         """Whether ``tensor`` would return a view of the mapped file."""
