@@ -22,7 +22,7 @@ PACKED_BYTES = 524_288
 
 VECTORS_AT_ONCE = 2 * SIDE
 
-_products11 = make_products(1, 1)
+products11 = make_products(1, 1)
 _products12 = make_products(1, 2)
 _products22 = make_products(2, 2)
 _room = make_room(PACKED_BYTES + 6 * TILE_BYTES + 8 * SIDE)
@@ -67,7 +67,7 @@ def _pack(x, columns, deep, packed, pointers):
     """Of each pair of elements the values of all vectors beside one another, SIDE vectors a tile; a lone
     vector is as it is. Beyond the vectors' ends there are zeros."""
     if len(x) == 1:
-        _copy(x[0], columns, packed, deep * DEPTH)
+        copy_halves(x[0], columns, packed, deep * DEPTH)
         return
     whole = columns // DEPTH
     for first in range(0, len(x), SIDE):
@@ -79,11 +79,11 @@ def _pack(x, columns, deep, packed, pointers):
             transpose(pointers, np.int64(64 * step), place + step * TILE_BYTES, np.int64(64))
         if whole < deep:
             for i in range(SIDE):
-                _put_rest(rows[i], whole * DEPTH, columns, place + whole * TILE_BYTES + 4 * i)
+                put_rest(rows[i], whole * DEPTH, columns, place + whole * TILE_BYTES + 4 * i)
 
 
 @inline
-def _copy(source, count, target, size):
+def copy_halves(source, count, target, size):
     """``count`` halves, and zeros up to ``size``."""
     read, written = halves(source, count), halves(target, size)
     for i in range(count):
@@ -93,7 +93,7 @@ def _copy(source, count, target, size):
 
 
 @inline
-def _put_rest(source, begin, columns, target):
+def put_rest(source, begin, columns, target):
     """One vector's last pairs into its column of a tile."""
     read = halves(source, columns)
     for i in range(DEPTH):
@@ -112,7 +112,7 @@ def _multiply(weights, stride, tiles, rows, columns, packed, vectors, rests, sum
         rest = rests
         for row in range(tiles * rows):
             left = columns - whole * DEPTH
-            _copy(weights + row * stride + whole * 2 * DEPTH, left, rests + 64 * row, DEPTH)
+            copy_halves(weights + row * stride + whole * 2 * DEPTH, left, rests + 64 * row, DEPTH)
     x_stride = 4 if vectors == 1 else 4 * SIDE
     x_tile = deep * SIDE * x_stride
     if vectors > SIDE:
@@ -121,7 +121,7 @@ def _multiply(weights, stride, tiles, rows, columns, packed, vectors, rests, sum
         else:
             _products12(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
     else:
-        _products11(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
+        products11(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
 
 
 @inline

@@ -13,20 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crosspool.kernels.numba.batch import first_seen, region_of
-from crosspool.kernels.numba.compile import inline, kernel
-from crosspool.kernels.numba.elements import element_bytes, narrow
+from crosspool.kernels.numba.amx_attention import WIDEST, score_block, sum_block
+from crosspool.kernels.numba.batch import BLOCK, TILE, first_seen, region_of
+from crosspool.kernels.numba.compile import cpu_features, inline, kernel
+from crosspool.kernels.numba.elements import BFLOAT16, element_bytes, narrow
 from crosspool.kernels.numba.exp import exp
 from crosspool.kernels.numba.intrinsics import floats, words
 from crosspool.kernels.numba.linear import dot_rows
 from crosspool.kernels.numba.matrix import Matrix
 from crosspool.kernels.numba.sum_tile import add_weighted
 
-BLOCK = 256
 LANES = 16
-TILE = 48
-"""Query heads of one key-value head that go over a block together: what they need stays in cache."""
-
 BLOCK_MINE_BYTES = 8 * TILE + 4 * (TILE * BLOCK + BLOCK)
 """Scratch of each thread for ``attend_block``: addresses of queries, their scores, a block of floats."""
 
@@ -81,7 +78,11 @@ def attend_block(shape, batch, kv, tile, block, query, out, mine):
     if begin >= end:
         return
     scores = mine + 8 * TILE
-    _score(shape, batch, kv, tile, begin, end, query, words(mine, tile.size), scores - 4 * base)
+    by_unit = batch.dtype == BFLOAT16 and shape.key_width <= WIDEST
+    if by_unit:
+        _score_bfloat16(shape, batch, kv, tile, base, begin, end, query, mine, scores)
+    else:
+        _score(shape, batch, kv, tile, base, begin, end, query, mine, scores)
     width, stride = shape.value_width, state_bytes(shape)
     room = floats(scores + 4 * TILE * BLOCK, BLOCK)
     for v in range(tile.size):
@@ -94,14 +95,17 @@ def attend_block(shape, batch, kv, tile, block, query, out, mine):
         state[width], state[width + 1] = _weigh(
             weights, begin - base, first - base, seen - base, end - base, np.float32(shape.scale), room
         )
-    _sum(shape, batch, kv, tile, begin, end, scores - 4 * base, out)
+    if by_unit:
+        _sum_bfloat16(shape, batch, kv, tile, base, begin, end, scores, out, stride)
+    else:
+        _sum(shape, batch, kv, tile, base, begin, end, scores, out, stride)
 
 
 @kernel
-def _score(shape, batch, kv, tile, begin, end, query, addresses, scores):
+def _score(shape, batch, kv, tile, base, begin, end, query, mine, scores):
     """Products of the tile's queries with the keys from position ``begin`` to ``end - 1``; that of
-    query head v and position p goes to address ``scores + 4 * (v * BLOCK + p)``."""
-    group = shape.heads // shape.kv_heads
+    query head v and position p goes to address ``scores + 4 * (v * BLOCK + p - base)``."""
+    group, addresses = shape.heads // shape.kv_heads, words(mine, tile.size)
     for v in range(tile.size):
         place = batch.starts[tile.row] + (tile.first + v) // group
         head = tile.kv_head * group + (tile.first + v) % group
@@ -114,13 +118,13 @@ def _score(shape, batch, kv, tile, begin, end, query, addresses, scores):
         region = region_of(batch, kv, tile.row, position // kv.tokens_per_page)
         place = region + slot * shape.token_bytes + tile.kv_head * shape.head_bytes
         keys = Matrix(place, shape.token_bytes, count, shape.key_width, batch.dtype, 0)
-        out = scores + 4 * position
+        out = scores + 4 * (position - base)
         dot_rows(keys, np.int64(0), count, addresses, batch.dtype, tile.size, out, 4 * BLOCK)
         position += count
 
 
 @kernel
-def _sum(shape, batch, kv, tile, begin, end, weights, out):
+def _sum(shape, batch, kv, tile, base, begin, end, weights, out, out_stride):
     """Add to the tile's states at ``out`` the values from position ``begin`` to ``end - 1`` by their weights,
     which are placed like the scores."""
     position = begin
@@ -134,13 +138,18 @@ def _sum(shape, batch, kv, tile, begin, end, weights, out):
             count,
             shape.value_width,
             batch.dtype,
-            weights + 4 * position,
+            weights + 4 * (position - base),
             4 * BLOCK,
             tile.size,
             out,
-            state_bytes(shape),
+            out_stride,
         )
         position += count
+
+
+_by_unit = "amx-bf16" in cpu_features()
+_score_bfloat16 = score_block if _by_unit else _score
+_sum_bfloat16 = sum_block if _by_unit else _sum
 
 
 @kernel

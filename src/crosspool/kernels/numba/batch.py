@@ -9,6 +9,12 @@ import numpy as np
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.intrinsics import words
 
+BLOCK = 256
+"""Positions of a block of attention."""
+
+TILE = 48
+"""Query heads of one key-value head that go over a block together: what they need stays in cache."""
+
 
 class Pass(NamedTuple):
     """``queries`` tokens of ``rows`` rows, in model type ``dtype`` and of ``hidden_size`` elements each.
