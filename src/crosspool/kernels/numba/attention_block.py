@@ -18,7 +18,7 @@ from crosspool.kernels.numba.batch import BLOCK, TILE, first_seen, region_of
 from crosspool.kernels.numba.compile import cpu_features, inline, kernel
 from crosspool.kernels.numba.elements import BFLOAT16, element_bytes, narrow
 from crosspool.kernels.numba.exp import exp
-from crosspool.kernels.numba.intrinsics import floats, words
+from crosspool.kernels.numba.intrinsics import address_of, floats, words
 from crosspool.kernels.numba.linear import dot_rows
 from crosspool.kernels.numba.matrix import Matrix
 from crosspool.kernels.numba.sum_tile import add_weighted
@@ -90,7 +90,7 @@ def attend_block(shape, batch, kv, tile, block, query, out, mine):
         first = min(max(begin, first_seen(own, kv.window)), end)
         seen = max(first, min(end, own + 1))
         state = floats(out + v * stride, width + 2)
-        state[:width] = np.float32(0)
+        _fill(state, 0, width, np.float32(0))
         weights = floats(scores + 4 * v * BLOCK, BLOCK)
         state[width], state[width + 1] = _weigh(
             weights, begin - base, first - base, seen - base, end - base, np.float32(shape.scale), room
@@ -161,22 +161,41 @@ def _weigh(weights, begin, first, seen, end, scale, room):
     chunk or a window ends elsewhere. ``room`` is float32 [BLOCK].
     """
     if first == seen:
-        weights[begin:end] = np.float32(0)
+        _fill(weights, begin, end, np.float32(0))
         return MINUS_INFINITY, np.float32(0)
     size = LANES
     while size < seen:
         size *= 2
-    room[:first], room[seen:size] = MINUS_INFINITY, MINUS_INFINITY
-    for i in range(first, seen):
-        weights[i] *= scale
-        room[i] = weights[i]
+    count = seen - first
+    own, copy = _part(weights, first, count), _part(room, first, count)
+    _fill(room, 0, first, MINUS_INFINITY)
+    _fill(room, seen, size, MINUS_INFINITY)
+    for i in range(count):
+        own[i] *= scale
+        copy[i] = own[i]
     highest = _highest(room, size)
-    for i in range(first, seen):
-        weights[i] = exp(weights[i] - highest)
-    weights[begin:first], weights[seen:end] = np.float32(0), np.float32(0)
-    room[:first], room[seen:size] = np.float32(0), np.float32(0)
-    room[first:seen] = weights[first:seen]
+    for i in range(count):
+        own[i] = exp(own[i] - highest)
+    _fill(weights, begin, first, np.float32(0))
+    _fill(weights, seen, end, np.float32(0))
+    _fill(room, 0, first, np.float32(0))
+    _fill(room, seen, size, np.float32(0))
+    for i in range(count):
+        copy[i] = own[i]
     return highest, _total(room, size)
+
+
+@inline
+def _part(values, first, count):
+    """``count`` of the values from number ``first`` on; loops over it from 0 become vector code."""
+    return floats(address_of(values) + 4 * first, count)
+
+
+@inline
+def _fill(values, first, last, value):
+    part = _part(values, first, max(0, last - first))
+    for i in range(len(part)):
+        part[i] = value
 
 
 @inline
@@ -184,7 +203,7 @@ def _highest(values, size):
     """The highest of ``size`` values, a power of two; overwrites them."""
     while size > 1:
         size //= 2
-        low, high = values[:size], values[size : 2 * size]
+        low, high = _part(values, 0, size), _part(values, size, size)
         for i in range(size):
             low[i] = high[i] if high[i] > low[i] else low[i]
     return values[0]
@@ -195,7 +214,7 @@ def _total(values, size):
     """The sum of ``size`` values, a power of two, by halves; overwrites them."""
     while size > 1:
         size //= 2
-        low, high = values[:size], values[size : 2 * size]
+        low, high = _part(values, 0, size), _part(values, size, size)
         for i in range(size):
             low[i] += high[i]
     return values[0]
