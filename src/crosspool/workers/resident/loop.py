@@ -113,7 +113,7 @@ YIELD_FOR = 250_000
 SLEEP_FOR = 1_000_000_000
 """A wait spins so long (ns), yields until so long after its begin, and then sleeps so long at a time."""
 
-PAUSES = 32
+PAUSES = 4
 
 
 # -- waiting -------------------------------------------------------------------------------------------------
