@@ -153,6 +153,7 @@ class CrossPool(Contender):
         words = [Path(sys.executable).parent / "crosspool", "serve"]
         words += [f"{need.checkpoint.name}={need.checkpoint.folder}" for need in needs]
         words += ["--port", port, "--kv-pool-bytes", kv_bytes, "--threads", self.threads]
+        words += ["--weights-memory", "huge"]
         return Launch(words, "/ready")
 
 
