@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench bench-peers fuzz clean help
+.PHONY: setup demo test kernels lint bench bench-peers fuzz clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,7 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## build the demo zoo and serve it on http://127.0.0.1:8000
 	$(BIN)/crosspool serve --demo
 
-test: setup lint  ## lint, types, import contracts and every test that needs no GPU
+kernels: setup  ## compile the CPU kernels, if they are not in the cache folder
+	$(BIN)/python scripts/compile_kernels.py
+
+test: setup lint kernels  ## lint, types, import contracts and every test that needs no GPU
 	$(BIN)/pytest -m 'not gpu'
 
 lint: setup  ## style, types and import contracts
