@@ -24,6 +24,10 @@ from peers.process import ServerProcess, free_port, peak_bytes, proportional_byt
 READY_SECONDS = 600
 PAGE_SLACK_BYTES = 64 * 2**20
 
+TBT_TARGET_MS = 30
+"""CrossPool's aim for the time between tokens, where the peers have no such setting: up to it, prompts of
+other models may go before a stream's next token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -153,7 +157,7 @@ class CrossPool(Contender):
         words = [Path(sys.executable).parent / "crosspool", "serve"]
         words += [f"{need.checkpoint.name}={need.checkpoint.folder}" for need in needs]
         words += ["--port", port, "--kv-pool-bytes", kv_bytes, "--threads", self.threads]
-        words += ["--weights-memory", "huge"]
+        words += ["--weights-memory", "huge", "--tbt-target-ms", TBT_TARGET_MS]
         return Launch(words, "/ready")
 
 
