@@ -351,3 +351,21 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_that_came_before_it() -> No
     world.run()
     first = [world.token_times[RequestId(number)][0] for number in range(3)]
     assert max(first[1:]) < first[0] // 4
+
+
+def test_a_prompt_that_is_hopelessly_late_does_not_make_others_late() -> None:
+    """The machine is a hundred times as slow as the cost model thinks, so the long prompt's deadline is over
+    long before its end."""
+    config = small_steps(ttft_target=20 * MILLISECOND)
+    world = make_world([SPEC, SPEC], page_bytes=PAGE, pages=800, scheduler=config, speed=lambda: 100.0)
+    long = make_request(0, tuple(range(100)) * 35, 1)
+    world.add(long)
+    while world.clock.now() < 200 * MILLISECOND:
+        world.step()
+        world.executor.advance()
+    assert not world.outputs[RequestId(0)]
+    world.add(make_request(1, PROMPT, 1, model=1))
+    asked = world.clock.now()
+    world.run()
+    first = [world.token_times[RequestId(number)][0] - asked for number in range(2)]
+    assert first[1] < 60 * MILLISECOND < first[0]

@@ -64,16 +64,22 @@ class Pipeline:
             Nanoseconds(due - passes), Nanoseconds(interval), Nanoseconds(max(layer)), Nanoseconds(own)
         )
 
-    def prefill_times(self, model: ModelIndex, chunks: Collection[tuple[Sequence, int]]) -> Times:
+    def prefill_times(
+        self, model: ModelIndex, chunks: Collection[tuple[Sequence, int]], now: Nanoseconds
+    ) -> Times:
         """Of a prefill grant. It is aged once the first of its rows would be late with its first token even
-        if what is left of its prompt had the machine to itself from now on."""
+        if what is left of its prompt had the machine to itself from now on.
+
+        One that is late already is as urgent as one whose time has just come, and no more: a long prompt that
+        cannot keep its deadline does not make everybody else miss theirs.
+        """
         costs = self._costs[model]
         layer = self._layer_times(
             model, Phase.PREFILL, costs.work((row.computed, tokens) for row, tokens in chunks)
         )
         own = sum(layer) * costs.spec.num_layers
         return Times(
-            Nanoseconds(min(self._latest_start(row) for row, _ in chunks)),
+            Nanoseconds(max(now, min(self._latest_start(row) for row, _ in chunks))),
             Nanoseconds(0),
             Nanoseconds(max(layer)),
             Nanoseconds(own),

@@ -108,7 +108,7 @@ class Scheduler:
         limit = self._lane_limit()
         for lane, sequences in sorted(self._idle_by_lane().items(), key=lambda item: item[0]):
             while self._in_lane[lane] < limit:
-                grant = self._form(lane, sequences, limit)
+                grant = self._form(lane, sequences, limit, now)
                 if grant is None:
                     break
                 grants.append(grant)
@@ -149,14 +149,14 @@ class Scheduler:
             return 1
         return self._most_lanes
 
-    def _form(self, lane: Lane, sequences: list[Sequence], limit: int) -> Grant | None:
+    def _form(self, lane: Lane, sequences: list[Sequence], limit: int, now: Nanoseconds) -> Grant | None:
         """One micro-batch of this lane's idle sequences, or None if there is none or no page for it."""
         ready = self._ready(sequences)
         if not ready:
             return None
         if lane[2] is Phase.DECODE:
             return self._form_decode(lane, ready, limit)
-        return self._form_prefill(lane, ready)
+        return self._form_prefill(lane, ready, now)
 
     def _ready(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         return [s for s in sequences if s.idle and s.table is not None and not self._running.is_stalled(s)]
@@ -180,13 +180,13 @@ class Scheduler:
         rows = [decode_row(s, steps) for s, steps in members]
         return self._grant(lane, [s for s, _ in members], rows, max(steps for _, steps in members), times)
 
-    def _form_prefill(self, lane: Lane, ready: list[Sequence]) -> Grant | None:
+    def _form_prefill(self, lane: Lane, ready: list[Sequence], now: Nanoseconds) -> Grant | None:
         chunks = choose_chunks(ready, partial(self._pipeline.chunk_fits, lane[0]), self._config)
         chunks = [(s, tokens) for s, tokens in chunks if self._running.hold(s, s.computed + tokens)]
         chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
         if not chunks:
             return None
-        times = self._pipeline.prefill_times(lane[0], chunks)
+        times = self._pipeline.prefill_times(lane[0], chunks, now)
         rows = [prefill_row(s, tokens) for s, tokens in chunks]
         return self._grant(lane, [s for s, _ in chunks], rows, 1, times)
 
