@@ -17,7 +17,7 @@ from crosspool.kernels.numba.amx_tile import (
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.intrinsics import floats, halves, words
 
-PACKED_BYTES = 524_288
+PACKED_BYTES = 1_048_576
 """Packed vectors of one round, at most: they stay in the core's cache while the rows pass by."""
 
 VECTORS_AT_ONCE = 2 * SIDE
@@ -38,9 +38,8 @@ def amx_rows(weights, stride, rows, columns, x, count, out, out_stride):
     sums = packed + PACKED_BYTES
     rests, pointers = sums + 4 * TILE_BYTES, sums + 6 * TILE_BYTES
     deep = -(-columns // DEPTH)
-    at_once = VECTORS_AT_ONCE
-    while at_once * deep * 2 * DEPTH > PACKED_BYTES:
-        at_once //= 2
+    at_once = min(VECTORS_AT_ONCE, PACKED_BYTES // (deep * SIDE * 2 * DEPTH) * SIDE)
+    at_once = max(1, at_once)
     for begin in range(0, count, at_once):
         vectors = min(at_once, count - begin)
         width = 1 if vectors == 1 else SIDE

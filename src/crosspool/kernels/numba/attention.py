@@ -9,9 +9,7 @@ bits.
 from __future__ import annotations
 
 from crosspool.kernels.numba.attention_block import (
-    BLOCK,
     BLOCK_MINE_BYTES,
-    TILE,
     AttentionShape,
     Tile,
     attend_block,
@@ -20,7 +18,7 @@ from crosspool.kernels.numba.attention_block import (
     merge,
     state_bytes,
 )
-from crosspool.kernels.numba.batch import first_seen, position_of
+from crosspool.kernels.numba.batch import BLOCK, TILE, first_seen, position_of
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes
 from crosspool.kernels.numba.intrinsics import floats, words
