@@ -32,6 +32,8 @@ def test_what_is_refused() -> None:
         PoolConfig(kv_pool_bytes=0)
     with pytest.raises(ConfigError, match="decode_steps"):
         SchedulerConfig(decode_steps=0)
+    with pytest.raises(ConfigError, match="decode_steps must be at most 4096, not 4097"):
+        SchedulerConfig(decode_steps=4097)
     with pytest.raises(ConfigError, match="max_chunk_tokens 32 is below chunk_quantum 64"):
         SchedulerConfig(max_chunk_tokens=32)
     with pytest.raises(ConfigError, match="dtype"):

@@ -11,6 +11,8 @@ from crosspool.core.topology import Sharding, Topology
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
+MOST_DECODE_STEPS = 4096
+"""The stages of all passes of a grant are numbered in 24 bits (workers/resident/control.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,8 @@ class SchedulerConfig:
         for name in self.__slots__:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.decode_steps > MOST_DECODE_STEPS:
+            raise ConfigError(f"decode_steps must be at most {MOST_DECODE_STEPS}, not {self.decode_steps}")
         if self.max_chunk_tokens < self.chunk_quantum:
             raise ConfigError(
                 f"max_chunk_tokens {self.max_chunk_tokens} is below chunk_quantum {self.chunk_quantum}"
