@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +18,7 @@ from crosspool.kernels.numba.mla import mla_half, mla_mine_bytes, mla_room_bytes
 from crosspool.kernels.numba.mla_fields import MlaTensors, describe_mla
 from crosspool.models.layers import PagedLayer, RopeTable, mla
 from crosspool.models.weights import MlaWeights
+from helpers_attention_half import State, assert_near, chunk_of, drawn, with_places
 from helpers_paged_kv import TOKENS_PER_PAGE, paged_rows
 from helpers_passes import on_a_team, pass_of
 
@@ -43,10 +44,6 @@ REGION = 3
 """The layer's region is the third in its page, so others must stay as they are."""
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
-
-
 def make_weights(spec: MlaSpec, dtype: torch.dtype) -> MlaWeights:
     heads, rank, nope, value = spec.num_heads, spec.kv_lora_rank, spec.qk_nope_head_dim, spec.v_head_dim
     rotary, down = spec.qk_rope_head_dim, spec.q_lora_rank
@@ -69,14 +66,6 @@ def make_weights(spec: MlaSpec, dtype: torch.dtype) -> MlaWeights:
 
 def tensors_of(weights: MlaWeights) -> MlaTensors:
     return MlaTensors(**{name: getattr(weights, name) for name in MlaTensors._fields})
-
-
-@dataclass(frozen=True)
-class State:
-    """What a pass changes: the residual stream [T, H] and the arena [P, elements of a page]."""
-
-    hidden: Tensor
-    arena: Tensor
 
 
 class Layer:
@@ -140,28 +129,7 @@ class Layer:
         return State(hidden, arena)
 
 
-def with_places(batch: AttentionBatch) -> AttentionBatch:
-    """The batch with where its queries' KV goes in group 1."""
-    pages = [
-        batch.page_tables[row][1][batch.positions[start:end] // TOKENS_PER_PAGE]
-        for row, (start, end) in enumerate(pairwise(batch.query_starts))
-    ]
-    return replace(
-        batch,
-        pages_written=(batch.pages_written[0], torch.cat(pages)),
-        slots_written=batch.positions % TOKENS_PER_PAGE,
-    )
-
-
 EVERYTHING = slice(None)
-
-
-def assert_near(computed: State, expected: State, tolerance: float) -> None:
-    error = (computed.hidden.float() - expected.hidden.float()).abs().max()
-    assert error <= tolerance * expected.hidden.float().abs().max()
-    torch.testing.assert_close(
-        computed.arena.float(), expected.arena.float(), rtol=tolerance, atol=tolerance, equal_nan=True
-    )
 
 
 @pytest.mark.parametrize("window", [None, 6, 300])
@@ -193,20 +161,6 @@ def wide(weight: Int8Weight) -> Tensor:
     return weight.values * weight.scales.unsqueeze(1)
 
 
-def part_of(layer: Layer, row: int, first: int, last: int) -> tuple[AttentionBatch, slice]:
-    """A batch of queries ``first`` to ``last - 1`` of one row alone, and where they are in the layer's."""
-    batch = layer.batch
-    part = slice(batch.query_starts[row] + first, batch.query_starts[row] + last)
-    alone = replace(
-        batch,
-        positions=batch.positions[part],
-        query_starts=(0, last - first),
-        first_positions=(batch.first_positions[row] + first,),
-        page_tables=(batch.page_tables[row],),
-    )
-    return alone, part
-
-
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_a_row_has_the_same_bits_alone_in_any_chunks_and_on_any_number_of_threads(
@@ -221,7 +175,7 @@ def test_a_row_has_the_same_bits_alone_in_any_chunks_and_on_any_number_of_thread
         for first, last in pairwise(
             sorted({0, 1, 2, queries // 2, queries - 1, queries} & set(range(queries + 1)))
         ):
-            alone, part = part_of(layer, row, first, last)
+            alone, part = chunk_of(layer.batch, row, first, last)
             assert torch.equal(layer.computed(alone, part, arena, threads=2).hidden, together.hidden[part])
     assert torch.equal(arena.view(torch.uint8), together.arena.view(torch.uint8))
     assert torch.equal(threaded.arena.view(torch.uint8), together.arena.view(torch.uint8))

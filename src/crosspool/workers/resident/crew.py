@@ -13,8 +13,8 @@ CONTROL, SLOT_TABLE, TEAM_TABLE, NUMBER, RING, SHARED, ROOM, MODELS, STAGES = ra
 WEIGHTS_TEAMS, WEIGHTS, SHARDED, THREADS = range(9, 13)
 CREW_WORDS = 16
 """Addresses, but for the team's NUMBER, the number of WEIGHTS devices, whether every FFN is SHARDED over
-them, and the number of THREADS. STAGES is the address of the stages' addresses, in the order of STAGE_NAMES;
-MODELS that of the models' addresses by index."""
+them, and the number of THREADS. STAGES is the address of the stages' addresses, GQA_STAGE first; MODELS that
+of the models' addresses by index."""
 
 GQA_STAGE, MLA_STAGE, FFN_STAGE, HEAD_STAGE = range(4)
 
