@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import httpx
 import numpy as np
 
+from crosspool.bench.client import Client
 from peers.load import Endpoint, Stream, closed_loop, complete, follow, make_prompt
 from peers.plan import Sizes
 from peers.servers import Deployment
@@ -36,7 +36,7 @@ class Reader:
     requests: list[list[float]] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
 
-    async def run(self, client: httpx.AsyncClient) -> None:
+    async def run(self, client: Client) -> None:
         """Ask until cancelled."""
         rng = random.Random(self.seed)
         while True:
@@ -78,14 +78,14 @@ class LatePrompt:
     answer: Stream | None = None
     has_begun = True
 
-    async def run(self, client: httpx.AsyncClient) -> None:
+    async def run(self, client: Client) -> None:
         await asyncio.sleep(self.seconds)
         prompt = make_prompt(random.Random(self.seed), self.prompt_tokens)
         self.answer = await complete(client, self.endpoint, prompt, ANSWER_TOKENS)
 
 
 @asynccontextmanager
-async def in_company(client: httpx.AsyncClient, users: Sequence[Reader | LatePrompt]) -> AsyncIterator[None]:
+async def in_company(client: Client, users: Sequence[Reader | LatePrompt]) -> AsyncIterator[None]:
     """All readers have their first token; all users go on until this is left. Raises what any raised."""
     tasks = [asyncio.create_task(user.run(client)) for user in users]
     try:

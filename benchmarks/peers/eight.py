@@ -93,7 +93,8 @@ def _users(deployment: Deployment, sizes: Sizes, seed: int) -> tuple[list[Reader
 
 async def _use(readers: Sequence[Reader], prompts: Sequence[LatePrompt], seconds: float) -> float:
     """When the first prompt was sent; all end so many seconds later."""
-    async with new_client() as client, in_company(client, readers):
+    client = new_client()
+    async with in_company(client, readers):
         begin = time.perf_counter()
         async with in_company(client, prompts):
             await asyncio.sleep(seconds)

@@ -12,9 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import httpx
-
-from crosspool.bench.client import Record, new_client, send
+from crosspool.bench.client import Client, Record, new_client, send
 from crosspool.bench.dialect import completion
 from crosspool.bench.prompts import TOKEN_IDS, random_token_ids
 from peers.places import PeerError
@@ -67,9 +65,7 @@ def make_prompt(rng: random.Random, tokens: int) -> list[int]:
     return random_token_ids(rng, tokens, TOKEN_IDS)
 
 
-async def complete(
-    client: httpx.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], max_tokens: int
-) -> Stream:
+async def complete(client: Client, endpoint: Endpoint, prompt: Sequence[int], max_tokens: int) -> Stream:
     """Send one request and read its stream to the end. Raises PeerError for any answer but so many tokens."""
     record = _record(endpoint, max_tokens, [])
     await _send(client, endpoint, prompt, record)
@@ -82,7 +78,7 @@ async def complete(
 
 
 async def follow(
-    client: httpx.AsyncClient,
+    client: Client,
     endpoint: Endpoint,
     prompt: Sequence[int],
     max_tokens: int,
@@ -102,7 +98,7 @@ def _record(endpoint: Endpoint, max_tokens: int, events: list[float]) -> Record:
     return Record(endpoint.model, max_tokens, now, now, events)
 
 
-async def _send(client: httpx.AsyncClient, endpoint: Endpoint, prompt: Sequence[int], record: Record) -> None:
+async def _send(client: Client, endpoint: Endpoint, prompt: Sequence[int], record: Record) -> None:
     request = completion(endpoint.model, prompt, record.wanted_tokens, server=endpoint.url)
     await send(client, request, record=record)
     if record.failure is not None:
@@ -117,10 +113,10 @@ def closed_loop(
     prompts = [make_prompt(rng, prompt_tokens) for _ in range(streams)]
 
     async def run() -> list[Stream]:
-        async with new_client() as client:
-            return await asyncio.gather(
-                *(complete(client, endpoint, prompt, output_tokens) for prompt in prompts)
-            )
+        client = new_client()
+        return await asyncio.gather(
+            *(complete(client, endpoint, prompt, output_tokens) for prompt in prompts)
+        )
 
     return asyncio.run(run())
 

@@ -55,10 +55,9 @@ def _ask(endpoints: Sequence[Endpoint], sizes: Sizes, seed: int) -> list[Stream]
     prompts = [make_prompt(rng, sizes.short_prompt) for _ in endpoints]
 
     async def run() -> list[Stream]:
-        async with new_client() as client:
-            asked = zip(endpoints, prompts, strict=True)
-            return await asyncio.gather(
-                *(complete(client, endpoint, prompt, sizes.output) for endpoint, prompt in asked)
-            )
+        client, asked = new_client(), zip(endpoints, prompts, strict=True)
+        return await asyncio.gather(
+            *(complete(client, endpoint, prompt, sizes.output) for endpoint, prompt in asked)
+        )
 
     return asyncio.run(run())

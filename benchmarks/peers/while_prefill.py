@@ -57,5 +57,6 @@ def measure(deployment: Deployment, sizes: Sizes, number: int) -> Measured:
 
 async def _prefill_beside(reader: Reader, deployment: Deployment, prompt_tokens: int, seed: int) -> Stream:
     prompt = make_prompt(random.Random(seed), prompt_tokens)
-    async with new_client() as client, in_company(client, [reader]):
+    client = new_client()
+    async with in_company(client, [reader]):
         return await complete(client, deployment.endpoints[MID], prompt, ANSWER_TOKENS)

@@ -21,8 +21,7 @@ EXACT = Dialect(Prompt.TOKEN_IDS, Fields.EXACT)
 
 async def ask(server: StreamServer, *, dialect: Dialect = EXACT, timeout: float = 20) -> Record:
     request = dialect.request(random.Random(1), "a", 8, 6, Span(100, 200))
-    async with new_client(server.url, "secret") as client:
-        return await send(client, request, timeout=timeout)
+    return await send(new_client(server.url, "secret"), request, timeout=timeout)
 
 
 @pytest.fixture(params=list(Prompt))
@@ -47,10 +46,9 @@ async def test_every_event_with_text_has_its_time(dialect: Dialect) -> None:
 
 async def test_one_client_can_ask_several_servers() -> None:
     with stream_server(a=Behaviour()) as one, stream_server(a=Behaviour()) as other:
-        async with new_client() as client:
-            for server in (one, other):
-                record = await send(client, completion("a", [5, 6, 7], 4, server=server.url), timeout=20)
-                assert (record.prompt_tokens, record.output_tokens) == (3, 4)
+        for server in (one, other):
+            record = await send(new_client(), completion("a", [5, 6, 7], 4, server=server.url), timeout=20)
+            assert (record.prompt_tokens, record.output_tokens) == (3, 4)
     assert [len(server.models["a"].bodies) for server in (one, other)] == [1, 1]
     assert one.models["a"].bodies[0]["prompt"] == [5, 6, 7]
 
@@ -73,7 +71,7 @@ async def test_without_usage_events_are_counted() -> None:
     [
         (Behaviour(status=429), "HTTP 429", "no answer from this one", 0),
         (Behaviour(error_after=4), "error event", "the engine process ended", 4),
-        (Behaviour(hang_up_after=4), "cut off", "incomplete", 4),
+        (Behaviour(hang_up_after=4), "cut off", "before the answer's end", 4),
     ],
 )
 async def test_a_failure_has_a_kind_and_what_came_before(
@@ -114,9 +112,8 @@ async def answer(content: bytes) -> Record:
 
     async with await asyncio.start_server(handle, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
-        async with new_client(f"http://127.0.0.1:{port}") as client:
-            request = EXACT.request(random.Random(1), "a", 1, 1, Span(1, 1))
-            return await send(client, request, timeout=20)
+        request = EXACT.request(random.Random(1), "a", 1, 1, Span(1, 1))
+        return await send(new_client(f"http://127.0.0.1:{port}"), request, timeout=20)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +135,11 @@ async def test_who_cancels_has_what_came_until_then() -> None:
     with stream_server(a=Behaviour(slow_gap=30)) as server:
         request = EXACT.request(random.Random(1), "a", 8, 6, Span(100, 200))
         record = Record("a", 6, 0.0, 0.0)
-        async with new_client(server.url) as client:
-            task = asyncio.create_task(send(client, request, record=record, due=1.0))
-            await _until(lambda: len(record.events) == 2)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        task = asyncio.create_task(send(new_client(server.url), request, record=record, due=1.0))
+        await _until(lambda: len(record.events) == 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert (len(record.events), record.ended, record.failure, record.due) == (2, None, None, 1.0)
 
 

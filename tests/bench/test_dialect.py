@@ -14,8 +14,8 @@ pytestmark = pytest.mark.integration
 
 async def found(behaviour: Behaviour) -> Dialect:
     with stream_server(a=behaviour) as server:
-        async with new_client(server.url) as client:
-            return await find_dialect(client, "a", Span(100, 200), 20)
+        client = new_client(server.url)
+        return await find_dialect(client, "a", Span(100, 200), 20)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ async def test_a_server_that_answers_nothing(status: int) -> None:
 
 async def test_models_are_listed() -> None:
     with stream_server(a=Behaviour(), b=Behaviour()) as server:
-        async with new_client(server.url) as client:
-            assert await list_models(client, 20) == ["a", "b"]
+        client = new_client(server.url)
+        assert await list_models(client, 20) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,6 @@ async def test_what_lists_no_models(answer: object, said: str) -> None:
     with canned_server() as server:
         if answer is not None:
             server.answer_json("/v1/models", answer)
-        async with new_client(server.url) as client:
-            with pytest.raises(CrossPoolError, match=said):
-                await list_models(client, 20)
+        client = new_client(server.url)
+        with pytest.raises(CrossPoolError, match=said):
+            await list_models(client, 20)

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from crosspool.bench.exchange import EndedEarlyError, post
 from crosspool.bench.sse import EventLines
 from crosspool.core.errors import ConfigError
 
@@ -82,25 +83,35 @@ class Record:
         return len(self.events) if self.output_tokens is None else self.output_tokens
 
 
-def new_client(url: str = "", api_key: str | None = None) -> httpx.AsyncClient:
-    """A client without limits of its own: ``send`` sets them. Without ``url`` it asks any server.
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Where requests go, and the headers that go with them. Without ``url`` requests name their servers."""
 
-    Raises ConfigError.
-    """
+    url: httpx.URL
+    headers: Mapping[str, str]
+
+    def url_of(self, request: Request) -> httpx.URL:
+        """Raises httpx.InvalidURL."""
+        if request.path.startswith("/"):
+            return self.url.copy_with(raw_path=self.url.raw_path.rstrip(b"/") + request.path.encode())
+        return httpx.URL(request.path)
+
+
+def new_client(url: str = "", api_key: str | None = None) -> Client:
+    """Raises ConfigError."""
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise ConfigError("the API key must be printable ASCII text that is not empty")
     headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     try:
-        return httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=None, limits=limits)
+        return Client(httpx.URL(url.rstrip("/")), headers)
     except httpx.InvalidURL as error:
         raise ConfigError(f"{url!r} is not a URL: {error}") from error
 
 
 async def send(
-    client: httpx.AsyncClient,
+    client: Client,
     request: Request,
     *,
     due: float | None = None,
@@ -122,10 +133,10 @@ async def send(
         _fail(record, error.kind, str(error))
     except TimeoutError:
         _fail(record, TIMEOUT, f"no end after {timeout:g} s")
-    except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
+    except (OSError, ValueError) as error:
         _fail(record, NO_CONNECTION, str(error) or type(error).__name__)
-    except httpx.HTTPError as error:
-        _fail(record, CUT_OFF, str(error) or type(error).__name__)
+    except EndedEarlyError as error:
+        _fail(record, CUT_OFF, str(error))
     return record
 
 
@@ -142,18 +153,24 @@ def _fail(record: Record, kind: str, message: str) -> None:
         record.failure = Failure(kind, message[:MESSAGE_CHARACTERS])
 
 
-async def _follow(client: httpx.AsyncClient, request: Request, record: Record) -> None:
+async def _follow(client: Client, request: Request, record: Record) -> None:
     lines = EventLines()
-    async with client.stream("POST", request.path, content=request.body) as response:
-        if response.status_code != 200:
-            raise _StreamError(f"HTTP {response.status_code}", _error_text(await response.aread()))
-        async for chunk in response.aiter_bytes():
-            now = time.perf_counter()
-            for data in lines.feed(chunk):
-                if data == b"[DONE]":
-                    record.ended = now
-                elif record.ended is None:
-                    _take(record, now, data)
+    refusal: list[bytes] = []
+
+    def take(status: int, piece: bytes) -> None:
+        now = time.perf_counter()
+        if status != 200:
+            refusal.append(piece)
+            return
+        for data in lines.feed(piece):
+            if data == b"[DONE]":
+                record.ended = now
+            elif record.ended is None:
+                _take(record, now, data)
+
+    status = await post(client.url_of(request), client.headers, request.body, take)
+    if status != 200:
+        raise _StreamError(f"HTTP {status}", _error_text(b"".join(refusal)))
     if record.ended is None:
         raise _StreamError(CUT_OFF, "the stream ended without [DONE]")
 

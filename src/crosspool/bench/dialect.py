@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from crosspool.bench.client import CUT_OFF, NO_CONNECTION, TIMEOUT, Request, send
+from crosspool.bench.client import CUT_OFF, NO_CONNECTION, TIMEOUT, Client, Request, send
 from crosspool.bench.prompts import Span, random_text, random_token_ids
 from crosspool.core.errors import CrossPoolError
 
@@ -83,7 +83,7 @@ class Dialect:
         return _request("/v1/chat/completions", model, output_tokens, self.fields, messages=messages)
 
 
-async def find_dialect(client: httpx.AsyncClient, model: str, ids: Span, timeout: float) -> Dialect:
+async def find_dialect(client: Client, model: str, ids: Span, timeout: float) -> Dialect:
     """The first dialect in which ``model`` answers a short request, which also warms it up.
 
     Raises CrossPoolError with what the server said to the first if there is none.
@@ -98,22 +98,23 @@ async def find_dialect(client: httpx.AsyncClient, model: str, ids: Span, timeout
             return replace(dialect, refusal=refusal)
         said = f"{failure.kind}: {failure.message}"
         if failure.kind in HOPELESS:
-            raise CrossPoolError(f"{client.base_url} cannot be measured with {model}: {said}")
+            raise CrossPoolError(f"{client.url} cannot be measured with {model}: {said}")
         refusal = refusal or said
-    raise CrossPoolError(f"{client.base_url} cannot be measured with {model}: {refusal}")
+    raise CrossPoolError(f"{client.url} cannot be measured with {model}: {refusal}")
 
 
-async def list_models(client: httpx.AsyncClient, timeout: float) -> list[str]:
+async def list_models(client: Client, timeout: float) -> list[str]:
     """What /v1/models lists. Raises CrossPoolError."""
     try:
-        answer = await client.get("/v1/models", timeout=timeout)
+        async with httpx.AsyncClient(base_url=client.url, headers=client.headers, timeout=timeout) as http:
+            answer = await http.get("/v1/models")
         answer.raise_for_status()
         models = [str(entry["id"]) for entry in answer.json()["data"]]
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
-        raise CrossPoolError(f"{client.base_url} does not list its models: {reason}") from error
+        raise CrossPoolError(f"{client.url} does not list its models: {reason}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CrossPoolError(f"{client.base_url} does not answer as an OpenAI-compatible server") from error
+        raise CrossPoolError(f"{client.url} does not answer as an OpenAI-compatible server") from error
     if not models:
-        raise CrossPoolError(f"{client.base_url} serves no models")
+        raise CrossPoolError(f"{client.url} serves no models")
     return models

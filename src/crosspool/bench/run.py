@@ -12,10 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, repeat, takewhile
 
-import httpx
-
 from crosspool.bench.arrivals import closed_loop, open_loop, poisson
-from crosspool.bench.client import Record, Request, new_client, send
+from crosspool.bench.client import Client, Record, Request, new_client, send
 from crosspool.bench.dialect import Dialect, find_dialect, list_models
 from crosspool.bench.prompts import TOKEN_IDS, Span
 from crosspool.bench.server_use import ServerWatch
@@ -105,20 +103,18 @@ async def _measure(
     watch: ServerWatch | None,
     observe: Callable[[Sequence[Record]], None],
 ) -> Measurement:
-    async with new_client(url, api_key) as client:
-        models = load.models or await list_models(client, load.timeout)
-        dialects = {
-            model: await find_dialect(client, model, load.token_ids, load.timeout) for model in models
-        }
-        with watch or nullcontext():
-            cpu, result = time.process_time(), Measurement(url, load, dialects, time.perf_counter())
-            observer = asyncio.create_task(_observe(result.records, observe))
-            result.interrupted = await _until_interrupted(asyncio.create_task(_give(client, result)))
-            observer.cancel()
-            result.client_cpu_seconds = time.process_time() - cpu
-            now = time.perf_counter()
-        ends = [now if record.ended is None else record.ended for record in result.records]
-        result.end = now if result.interrupted else max(ends, default=now)
+    client = new_client(url, api_key)
+    models = load.models or await list_models(client, load.timeout)
+    dialects = {model: await find_dialect(client, model, load.token_ids, load.timeout) for model in models}
+    with watch or nullcontext():
+        cpu, result = time.process_time(), Measurement(url, load, dialects, time.perf_counter())
+        observer = asyncio.create_task(_observe(result.records, observe))
+        result.interrupted = await _until_interrupted(asyncio.create_task(_give(client, result)))
+        observer.cancel()
+        result.client_cpu_seconds = time.process_time() - cpu
+        now = time.perf_counter()
+    ends = [now if record.ended is None else record.ended for record in result.records]
+    result.end = now if result.interrupted else max(ends, default=now)
     return result
 
 
@@ -143,13 +139,13 @@ async def _observe(records: Sequence[Record], observe: Callable[[Sequence[Record
         observe(records)
 
 
-async def _give(client: httpx.AsyncClient, result: Measurement) -> None:
+async def _give(client: Client, result: Measurement) -> None:
     async with asyncio.TaskGroup() as running:
         for model in result.dialects:
             running.create_task(_give_model(client, result, model))
 
 
-async def _give_model(client: httpx.AsyncClient, result: Measurement, model: str) -> None:
+async def _give_model(client: Client, result: Measurement, model: str) -> None:
     load = result.load
 
     async def record_one(request: Request, due: float | None) -> None:
