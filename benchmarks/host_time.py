@@ -3,9 +3,10 @@
     python benchmarks/host_time.py FOLDER [--tokens 1000] [--streams 1] [--rounds 3]
 
 Starts ``crosspool serve`` and reads the scheduler's account of each thread (/proc/PID/task/TID/schedstat)
-before and after the tokens. The team's threads are the busiest of the engine process, as many as ``--threads``
-says. Figures are microseconds a token: of the rest of the engine process, by thread, and of the API process.
-With ``--source`` the sources of another checkout serve, for A B A B comparisons; give it several times.
+before and after the tokens. The team's threads are the busiest of the engine process, as many as
+``--threads`` says. Figures are microseconds a token: of the rest of the engine process, by thread, and of the
+API process.
+With ``--source`` the sources of another checkout serve; give it several times, for A B A B.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from statistics import median
 
 import psutil
 from machine import describe
-
 from peers.process import free_port
 
 WARM_TOKENS = 50
@@ -66,7 +66,16 @@ def serve(folder: str, source: Path, threads: int) -> Iterator[Server]:
     """A server of one model; ``source`` is the folder that contains the package."""
     port = free_port()
     command = [sys.executable, "-c", "from crosspool.cli.app import app; app()"]
-    options = ["serve", f"{MODEL}={folder}", "--port", port, "--threads", threads, "--kv-pool-bytes", "512MiB"]
+    options = [
+        "serve",
+        f"{MODEL}={folder}",
+        "--port",
+        port,
+        "--threads",
+        threads,
+        "--kv-pool-bytes",
+        "512MiB",
+    ]
     process = subprocess.Popen(
         [*command, *map(str, options)],
         env={**os.environ, "PYTHONPATH": str(source)},

@@ -84,6 +84,14 @@ class FakeEngine:
             self.aborted.append(request)
             self._end(request, FinishReason.ABORT)
 
+    def stream_to(self, pipe: int) -> None:
+        """All tokens come from ``take``."""
+
+    def take(self) -> list[EngineOutput]:
+        return self.step()
+
+    def decide(self) -> None: ...
+
     def step(self) -> list[EngineOutput]:
         now = time.monotonic()
         if now >= self._next_step:

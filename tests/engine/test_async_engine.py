@@ -9,7 +9,7 @@ import time
 import pytest
 
 from crosspool.core.errors import EngineDeadError, RequestTooLargeError
-from crosspool.core.ids import Nanoseconds, RequestId
+from crosspool.core.ids import RequestId
 from crosspool.core.request import EngineOutput, FinishReason
 from crosspool.engine.async_engine import AsyncEngine
 from helpers_control_plane import World, make_request, make_world
@@ -92,10 +92,10 @@ async def test_a_refused_request_raises_in_its_own_stream() -> None:
 async def test_a_failed_step_ends_every_stream(caplog: pytest.LogCaptureFixture) -> None:
     world = world_of()
 
-    def fail(now: Nanoseconds) -> None:
+    def fail() -> None:
         raise RuntimeError("a bug")
 
-    world.engine._scheduler.schedule = fail  # type: ignore[assignment,method-assign]
+    world.executor.poll = fail  # type: ignore[assignment,method-assign]
     entered, go_on = threading.Event(), threading.Event()
     step = world.engine.step
 

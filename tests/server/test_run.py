@@ -71,7 +71,7 @@ async def test_the_official_client_can_chat_and_complete(server: RunningServer) 
 def test_the_api_process_does_not_load_torch(server: RunningServer) -> None:
     complete(server, max_tokens=3)
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-    assert "libzmq" in maps, "the test cannot see what is loaded"
+    assert "pydantic_core" in maps, "the test cannot see what is loaded"
     assert "libtorch" not in maps
 
 

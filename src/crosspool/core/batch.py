@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.request import FinishReason, TokenLogprobs
@@ -83,15 +84,16 @@ class Grant:
     layer_cost: Nanoseconds
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token of one row. ``finish`` says that the row will make no more."""
+class TokenEvent(NamedTuple):
+    """One new token of one row. ``finish`` says that the row will make no more; ``delivered`` that whoever
+    reads the pipe of Executor.stream_to has the token already."""
 
     grant: GrantId
     request: RequestId
     token: int
     finish: FinishReason | None
     logprobs: TokenLogprobs | None = None
+    delivered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,15 @@ class Executor(Protocol):
         already."""
         ...
 
+    def stream_to(self, pipe: int) -> None:
+        """Allow tokens to be written into a pipe (core/token_record.py) as they are made, from any thread.
+        That does not end a ``wait``; their events come later, as delivered. Call it before any ``submit``.
+
+        Those of one request keep their order if what ``poll`` returned has been passed on before its next
+        grant is submitted. A token with a reason to finish or with log-probabilities is only an event.
+        """
+        ...
+
     def poll(self) -> list[Event]:
         """Events since the last call, oldest first. Never blocks."""
         ...

@@ -51,7 +51,9 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._counters: Mapping[ModelIndex, _Counters] = {m.index: _Counters() for m in info.models}
+        self._news: dict[RequestId, _News] = {}
         self._ended: list[EngineOutput] = []
+        self._undecided = False
 
     def add(self, request: Request) -> None:
         """Queue a request; its arrival is now.
@@ -64,40 +66,62 @@ class Engine:
             raise InvariantError(f"request id {request.id} is in use")
         self._check_size(request, model)
         self._scheduler.add(replace(request, arrival=self._clock.now()))
+        self._undecided = True
 
     def finish(self, request: RequestId, at_token: int) -> None:
         """End a request with STOP after its first ``at_token`` output tokens (a stop string was seen)."""
+        self._take_events()
         sequence = self._scheduler.get(request)
         if sequence is not None and sequence.finish is None:
             del sequence.output[at_token:]
+            self._news.pop(request, None)
             self._end(sequence, FinishReason.STOP)
 
     def abort(self, request: RequestId) -> None:
         """End a request with ABORT. Its pages are free at once, or when its micro-batch in flight retires."""
+        self._take_events()
         sequence = self._scheduler.get(request)
         if sequence is not None and sequence.finish is None:
             self._end(sequence, FinishReason.ABORT)
 
     def step(self) -> list[EngineOutput]:
         """Take what the executor has done, put in flight what can run, say what is new. Never blocks."""
-        now = self._clock.now()
-        news: dict[RequestId, _News] = {}
-        for event in self._executor.poll():
-            if isinstance(event, RetiredEvent):
-                self._retire(event)
-            elif (sequence := self._scheduler.take_token(event, now)) is not None:
-                self._note(event, sequence, news)
-        for grant in self._scheduler.schedule(now):
+        outputs = self.take()
+        self.decide()
+        return outputs
+
+    def take(self) -> list[EngineOutput]:
+        """What is new: the first half of a step. With ``stream_to``, pass it on before the second."""
+        self._take_events()
+        outputs = [item.output(request) for request, item in self._news.items()] + self._ended
+        self._news, self._ended = {}, []
+        return outputs
+
+    def decide(self) -> None:
+        """Put in flight what can run: the second half of a step.
+
+        Tokens alone change nothing of what the scheduler decides by: who is idle, which pages are free. So
+        nothing is tried again until a request has come or ended, a micro-batch has retired, or the decisions
+        themselves have sent somebody back to wait.
+        """
+        if not self._undecided:
+            return
+        preemptions = self._scheduler.preemptions.total()
+        for grant in self._scheduler.schedule(self._clock.now()):
             self._executor.submit(grant)
         for recalled in self._scheduler.recalls():
             self._executor.recall(recalled)
-        outputs = [item.output(request) for request, item in news.items()] + self._ended
-        self._ended = []
-        return outputs
+        self._undecided = self._scheduler.preemptions.total() != preemptions
+        if self._undecided:
+            self._executor.wake()
+
+    def stream_to(self, pipe: int) -> None:
+        """Let tokens go into a pipe as they are made (Executor.stream_to); ``take`` then leaves those out."""
+        self._executor.stream_to(pipe)
 
     def has_work(self) -> bool:
         """Whether any request has not given back everything, or an output has not been fetched."""
-        return len(self._scheduler) > 0 or bool(self._ended)
+        return len(self._scheduler) > 0 or bool(self._ended) or bool(self._news)
 
     def wait(self, timeout: float) -> None:
         """Block until ``step`` may have something to do, or ``timeout`` seconds have passed."""
@@ -109,6 +133,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and pools."""
+        self._take_events()
         return EngineStats(
             models=tuple(self._model_stats(model) for model in self.info.models),
             kv_pages_total=self._pool.total,
@@ -141,24 +166,40 @@ class Engine:
             )
         model.check_length(prompt, request.max_tokens)
 
-    def _note(self, event: TokenEvent, sequence: Sequence, news: dict[RequestId, _News]) -> None:
-        item = news.setdefault(event.request, _News())
-        item.tokens.append(event.token)
-        if event.logprobs is not None:
-            item.logprobs.append(event.logprobs)
+    def _take_events(self) -> None:
+        now = self._clock.now()
+        for event in self._executor.poll():
+            if isinstance(event, RetiredEvent):
+                self._retire(event)
+            elif (sequence := self._scheduler.take_token(event, now)) is not None:
+                self._count(event, sequence)
+                if not event.delivered:
+                    self._note(event)
+
+    def _count(self, event: TokenEvent, sequence: Sequence) -> None:
         counters = self._counters[sequence.request.model]
         if len(sequence.output) == 1:
             counters.prompt_tokens += len(sequence.request.prompt_token_ids)
         counters.generation_tokens += 1
         if event.finish is not None:
-            item.finish = event.finish
             counters.finished[event.finish] += 1
 
+    def _note(self, event: TokenEvent) -> None:
+        item = self._news.get(event.request)
+        if item is None:
+            item = self._news[event.request] = _News()
+        item.tokens.append(event.token)
+        if event.logprobs is not None:
+            item.logprobs.append(event.logprobs)
+        item.finish = event.finish
+
     def _retire(self, event: RetiredEvent) -> None:
+        self._undecided = True
         for request in self._scheduler.retire(event):
             self._say_ended(request, FinishReason.ERROR, event.error)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._undecided = True
         if self._scheduler.end(sequence, reason):
             self._executor.cancel(sequence.request.id)
         self._say_ended(sequence.request, reason)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -25,11 +26,10 @@ from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineInfo, EngineStats, LoadProgress
 from crosspool.core.request import EngineOutput, Request
 from crosspool.server import messages
-from crosspool.server.channel import CellChannel, remove_sockets
+from crosspool.server.channel import CellChannel, remove_pipes
 
 IDLE_WAIT = 0.5
 PARENT_POLL = 0.5
-LINGER = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,11 @@ class CellEngine(Protocol):
 
     def abort(self, request: RequestId) -> None: ...
 
-    def step(self) -> list[EngineOutput]: ...
+    def stream_to(self, pipe: int) -> None: ...
+
+    def take(self) -> list[EngineOutput]: ...
+
+    def decide(self) -> None: ...
 
     def wait(self, timeout: float) -> None: ...
 
@@ -64,7 +68,7 @@ Inbox = SimpleQueue[messages.Command]
 def main(build: EngineFactory, arguments: Sequence[str] | None = None) -> int:
     """Run a cell whose engine ``build`` makes, until it is told to shut down. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m crosspool.server.cell")
-    parser.add_argument("--socket", required=True, help="path of the Unix sockets, without their endings")
+    parser.add_argument("--socket", required=True, help="path of the two pipes, without their endings")
     parser.add_argument("--parent", required=True, type=int, help="process id of the API process")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -79,7 +83,7 @@ def main(build: EngineFactory, arguments: Sequence[str] | None = None) -> int:
         channel.send(messages.fail(error))
         return 1
     finally:
-        channel.close(LINGER)
+        channel.close()
     return 0
 
 
@@ -91,6 +95,7 @@ def _build_and_serve(channel: CellChannel, build: EngineFactory) -> None:
     try:
         inbox: Inbox = SimpleQueue()
         threading.Thread(target=_receive, args=(channel, inbox, engine.wake), daemon=True).start()
+        engine.stream_to(channel.tokens)
         channel.send(messages.Ready(engine.info))
         _serve(engine, inbox, channel.send)
     finally:
@@ -98,16 +103,20 @@ def _build_and_serve(channel: CellChannel, build: EngineFactory) -> None:
 
 
 def _serve(engine: CellEngine, inbox: Inbox, send: Callable[[messages.Event], None]) -> None:
-    """The engine's loop: commands in, one step, outputs out, and sleep when there is nothing to do."""
+    """The engine's loop: commands in, outputs out, decisions, and sleep when there is nothing to do.
+
+    Outputs leave before anything new is submitted: a team may send that one's tokens by itself.
+    """
     while True:
         while not inbox.empty():
             command = inbox.get()
             if isinstance(command, messages.Shutdown):
                 return
             _obey(command, engine, send)
-        outputs = engine.step()
+        outputs = engine.take()
         if outputs:
             send(messages.Outputs(tuple(outputs)))
+        engine.decide()
         if inbox.empty():
             engine.wait(IDLE_WAIT)
 
@@ -130,16 +139,17 @@ def _obey(command: messages.Command, engine: CellEngine, send: Callable[[message
 
 
 def _receive(channel: CellChannel, inbox: Inbox, wake: Callable[[], None]) -> None:
-    while True:
-        inbox.put(channel.receive())
-        wake()
+    with suppress(EOFError):
+        while True:
+            inbox.put(channel.receive())
+            wake()
 
 
 def _watch_parent(parent: int, path: str) -> None:
     """End the process, whatever it is doing, when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL)
-    remove_sockets(path)
+    remove_pipes(path)
     os._exit(1)
 
 

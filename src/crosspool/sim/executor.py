@@ -86,6 +86,9 @@ class SimExecutor:
     def recall(self, grant: GrantId) -> None:
         self.in_flight.recall(grant)
 
+    def stream_to(self, pipe: int) -> None:
+        """All tokens come as events."""
+
     def poll(self) -> list[Event]:
         events, self._events = self._events, []
         return events

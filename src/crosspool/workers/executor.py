@@ -91,6 +91,9 @@ class ThreadedExecutor:
         with self._lock:
             self._in_flight.recall(grant)
 
+    def stream_to(self, pipe: int) -> None:
+        """All tokens come as events."""
+
     def poll(self) -> list[Event]:
         """Raises InvariantError if a team has died of a bug: nothing can be relied on then."""
         with self._lock:

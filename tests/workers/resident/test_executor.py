@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+
 import pytest
 
 from crosspool.core.batch import Phase
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import PageId
 from crosspool.core.sampling import SamplingParams
+from crosspool.server.frames import FrameReader
 from crosspool.workers.resident.control import RING_EVENTS
 from helpers_workers import GQA, MLA, PLACEMENTS, PROMPTS, HandMade, TinyModel, rig
 
@@ -117,3 +122,61 @@ def test_more_events_than_the_ring_holds_wait_for_whoever_reads_them(models, exp
         it.finish(*grants)
         for sequence in sequences:
             assert sequence.output == expected[GQA][0][:1] * len(grants)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """The reading and the writing end; nobody waits at either."""
+    ends = os.pipe2(os.O_NONBLOCK)
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def piped(reading: int) -> list[tuple[int, int]]:
+    """(request, token) of each record in the pipe."""
+    return FrameReader().feed(os.read(reading, 2**20))
+
+
+@pytest.mark.parametrize("placement", ["one device", "two devices"])
+def test_tokens_go_into_the_pipe_but_for_the_last_and_those_with_log_probabilities(
+    models, expected, pipe, placement
+):
+    reading, writing = pipe
+    with rig(*models, resident=True, **PLACEMENTS[placement]) as it:
+        it.executor.stream_to(writing)
+        sequences = [it.sequence(prompt, 24) for prompt in PROMPTS]
+        reporting = it.sequence(PROMPTS[0], 24, params=REPORTING)
+        it.run(*sequences, reporting)
+        records = piped(reading)
+        for number, sequence in enumerate(sequences):
+            own = [token for request, token in records if request == sequence.id]
+            assert own == expected[GQA][number][:-1]
+            assert [event.delivered for event in sequence.events] == [True] * 23 + [False]
+        assert not any(event.delivered for event in reporting.events)
+        assert len(records) == 23 * len(sequences)
+
+
+def test_what_a_full_pipe_does_not_take_comes_as_events_and_in_order(models, pipe):
+    """Until the grant is over, though there is room again: no token overtakes another."""
+    reading, writing = pipe
+    room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096) // 24
+    with rig(*models, resident=True) as it:
+        it.executor.stream_to(writing)
+        sequence = it.sequence(PROMPTS[0], 400)
+        it.finish(it.prefill(sequence))
+        grant = it.decode(300, sequence)
+        records = []
+        while grant not in it.retired:
+            it.executor.wait(60)
+            it.take()
+            if not all(event.delivered for event in sequence.events) and not records:
+                records = piped(reading)
+        it.finish(it.decode(50, sequence))
+        late = [event.token for event in sequence.events if not event.delivered]
+        again = piped(reading)
+        assert room - 1 <= len(records) <= room
+        assert len(records) + len(late) == 301
+        assert len(again) == 50
+        tokens = [*[token for _, token in records], *late, *[token for _, token in again]]
+        assert tokens == sequence.output

@@ -52,7 +52,7 @@ def team_loop(control, slots, own, other, ring, parity):
                 hand_over(slot, stage + 1)
                 ring_bell(other)
             else:
-                send_event(control, own, ring, index, 2, 0, body[0], position >> STAGE_BITS)
+                send_event(control, own, ring, 2, -1, body[0], index, 0, position >> STAGE_BITS)
                 retire(slot)
                 ring_news(control)
         if not worked:
@@ -99,7 +99,7 @@ class Engine:
         events, ring = [], self.control.ring(0)
         read = int(self.control.team_words(0)[layout.EVENTS_READ])
         while read < read_word(self.teams[0] + 8 * layout.EVENTS_WRITTEN):
-            slot, _, _, count, sequence = ring[read % RING_EVENTS][:5].tolist()
+            _, _, count, slot, _, sequence, *_ = ring[read % RING_EVENTS].tolist()
             events.append((slot, count, sequence))
             read += 1
         write_word(self.teams[0] + 8 * layout.EVENTS_READ, read)

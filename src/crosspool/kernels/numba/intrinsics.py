@@ -21,7 +21,7 @@ I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64
 F32 = ir.FloatType()
 VOID = ir.VoidType()
 
-SYSCALLS = {"x86_64": {"futex": 202, "gettime": 228}, "aarch64": {"futex": 98, "gettime": 113}}
+SYSCALLS = {"x86_64": {"write": 1, "futex": 202}, "aarch64": {"write": 64, "futex": 98}}
 FUTEX_WAIT_PRIVATE = 128
 FUTEX_WAKE_PRIVATE = 129
 CLOCK_MONOTONIC = 1
@@ -243,6 +243,16 @@ def now(typing: Any) -> Any:
         return builder.add(builder.mul(seconds, I64(NANOSECONDS)), rest)
 
     return types.int64(), generate
+
+
+@intrinsic
+def write_file(typing: Any, file: Any, address: Any, count: Any) -> Any:
+    """Write bytes at an address to a file descriptor (write(2)). Returns how many were, -1 for none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _syscall(builder, "write", list(arguments))
+
+    return types.int64(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -8,7 +8,7 @@ the rows that are still going.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from crosspool.workers.resident.body_words import (
     OUTPUTS,
     PAGE_BYTES,
     PARTS,
+    PIPED,
     REMAINING,
     ROW_INPUTS,
     ROW_NUMBERS,
@@ -53,27 +54,39 @@ from crosspool.workers.resident.body_words import (
     STREAM,
     TABLES,
 )
-from crosspool.workers.resident.control import new_bytes
+from crosspool.workers.resident.control import NO_REQUEST, new_bytes
 from crosspool.workers.resident.model import ResidentModel
 
 CACHE_LINE = 64
 
 
 class Body:
-    """The memory of one grant. ``memory`` is uint8 of ``body_bytes`` at least and is used by nobody else."""
+    """The memory of one grant. ``memory`` is uint8 of ``body_bytes`` at least and is used by nobody else.
+
+    With ``piped``, tokens without log-probabilities go into the pipe of Executor.stream_to.
+    """
 
     def __init__(
-        self, grant: Grant, model: ResidentModel, arena: int, page_bytes: int, parts: int, memory: np.ndarray
+        self,
+        grant: Grant,
+        model: ResidentModel,
+        arena: int,
+        page_bytes: int,
+        parts: int,
+        memory: np.ndarray,
+        *,
+        piped: bool = False,
     ) -> None:
         self.memory = memory
+        self.address = int(memory.ctypes.data)
         self._place = 0
         self._choices: list[np.ndarray | None] = []
         tokens, rows, groups = tokens_of(grant), len(grant.rows), len(model.layout.groups)
-        self._words = self._take(BODY_WORDS)
-        self._rows = self._take(rows * ROW_WORDS).reshape(rows, ROW_WORDS)
-        words = self._words
+        _, words = self._take(BODY_WORDS)
+        row_table, row_words = self._take(rows * ROW_WORDS)
+        self._rows = row_words.reshape(rows, ROW_WORDS)
         words[ROWS], words[GROUPS], words[PARTS] = rows, groups, parts
-        words[ARENA], words[PAGE_BYTES], words[ROW_TABLE] = arena, page_bytes, _address(self._rows)
+        words[ARENA], words[PAGE_BYTES], words[ROW_TABLE] = arena, page_bytes, row_table
         for field, count in (
             (ROW_NUMBERS, rows),
             (STARTS, rows + 1),
@@ -83,9 +96,9 @@ class Body:
             (INPUTS, tokens),
             (CHOOSERS, rows),
         ):
-            words[field] = _address(self._take(count))
+            words[field] = self._room(8 * count)
         for own, row in zip(self._rows, grant.rows, strict=True):
-            self._put_row(own, row, model.layout)
+            self._put_row(own, row, model.layout, piped)
         pairs, hidden = model.spec.rope.dim // 2, tokens * model.spec.hidden_size * model.spec.dtype.bytes
         for field, size in (
             (COS, 4 * tokens * pairs),
@@ -94,11 +107,7 @@ class Body:
             (NORMED, hidden),
             (OUTPUTS, parts * hidden),
         ):
-            words[field] = _address(self._take(-(-size // 8), align=True))
-
-    @property
-    def address(self) -> int:
-        return _address(self._words)
+            words[field] = self._room(size, align=True)
 
     def drop(self, row: int) -> None:
         """Let a row stop at the next boundary."""
@@ -110,36 +119,40 @@ class Body:
         assert choice is not None
         return TokenLogprobs(*read_report(choice, made - 1))
 
-    def _put_row(self, own: np.ndarray, row: Row, layout: KvLayout) -> None:
+    def _put_row(self, own: np.ndarray, row: Row, layout: KvLayout, piped: bool) -> None:
         check_pages(row, layout)
         own[[ALIVE, DONE, MADE]] = 1, 0, 0
         own[FIRST], own[COUNT], own[STEPS] = row.start, len(row.tokens), row.steps
-        own[ROW_INPUTS] = _address(self._fill(row.tokens, len(row.tokens)))
-        tables = self._take(len(row.pages))
-        for group, pages in enumerate(row.pages):
-            tables[group] = _address(self._fill(pages, len(pages)))
-        own[ROW_TABLES] = _address(tables)
+        own[ROW_INPUTS] = self._fill(row.tokens)
+        own[ROW_TABLES] = self._fill([self._fill(pages) for pages in row.pages])
         choice = None if row.choice is None else _describe(row.choice, row.steps)
         self._choices.append(choice)
         own[CHOICE] = 0
         if row.choice is not None and choice is not None:
-            own[CHOICE], own[CHOICE_LENGTH] = _address(choice), len(choice)
-            stops = self._fill(row.choice.stop_token_ids, len(row.choice.stop_token_ids))
-            own[STOPS], own[STOP_COUNT] = _address(stops), len(stops)
+            own[CHOICE], own[CHOICE_LENGTH] = choice.ctypes.data, len(choice)
+            stops = row.choice.stop_token_ids
+            own[STOPS], own[STOP_COUNT] = self._fill(list(stops)), len(stops)
             own[STOPS_AFTER] = row.choice.params.min_tokens - row.choice.output_index
             own[REMAINING] = row.choice.remaining
+            own[PIPED] = row.request if piped and row.choice.params.logprobs is None else NO_REQUEST
 
-    def _fill(self, values: Iterable[int], count: int) -> np.ndarray:
-        words = self._take(count)
-        words[:] = np.fromiter(values, np.int64, count)
-        return words
+    def _fill(self, values: Sequence[int]) -> int:
+        """The address of so many words with these values."""
+        address, words = self._take(len(values))
+        words[:] = values
+        return address
 
-    def _take(self, count: int, *, align: bool = False) -> np.ndarray:
-        """The next ``count`` words, on cache lines of their own with ``align``."""
+    def _take(self, count: int) -> tuple[int, np.ndarray]:
+        """The next ``count`` words, and their address."""
+        address = self._room(8 * count)
+        return address, self.memory[address - self.address : self._place].view(np.int64)
+
+    def _room(self, size: int, *, align: bool = False) -> int:
+        """The address of the next ``size`` bytes in whole words; ``align``: on cache lines of their own."""
         if align:
             self._place = -(-self._place // CACHE_LINE) * CACHE_LINE
-        begin, self._place = self._place, self._place + 8 * count
-        return self.memory[begin : self._place].view(np.int64)
+        begin, self._place = self._place, self._place + -(-size // 8) * 8
+        return self.address + begin
 
 
 def tokens_of(grant: Grant) -> int:
@@ -207,7 +220,3 @@ def _describe(choice: TokenChoice, steps: int) -> np.ndarray:
         logprobs=params.logprobs,
         steps=steps,
     )
-
-
-def _address(array: np.ndarray) -> int:
-    return int(array.ctypes.data)

@@ -16,12 +16,14 @@ stream), NORMED (what the next half reads) and OUTPUTS (what each of PARTS devic
 another) are [T, H] in model dtype."""
 
 ALIVE, DONE, FIRST, COUNT, ROW_INPUTS, ROW_TABLES, CHOICE, STEPS = range(8)
-MADE, REMAINING, STOPS, STOP_COUNT, STOPS_AFTER, NEXT, CHOICE_LENGTH = range(8, 15)
+MADE, REMAINING, STOPS, STOP_COUNT, STOPS_AFTER, NEXT, CHOICE_LENGTH, PIPED = range(8, 16)
 ROW_WORDS = 16
+USED_UP, ENDED = 1, 2
 """The next pass reads COUNT tokens at ROW_INPUTS, at positions from FIRST on. ALIVE is cleared by the
-engine's thread, DONE is set when the row has made its last token. CHOICE is the address of the CHOICE_LENGTH
-words of kernels/numba/choice.py, 0 if the row chooses nothing. A stop token ends the row once it has MADE
-more than STOPS_AFTER tokens in this grant. NEXT is the token that it made last."""
+engine's thread. DONE is set when the row has made its last token: USED_UP of this grant, ENDED of all.
+CHOICE is the address of the CHOICE_LENGTH words of kernels/numba/choice.py, 0 if the row chooses nothing. A
+stop token ends the row once it has MADE more than STOPS_AFTER tokens in this grant. NEXT is the token that it
+made last. PIPED is its request while its tokens may go into the pipe, else NO_REQUEST."""
 
 
 @inline

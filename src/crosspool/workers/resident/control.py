@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crosspool.core.token_record import RECORD_WORDS, TOKEN_RECORD
+
 LINE = 8
 """Words of a cache line."""
 
@@ -79,12 +81,18 @@ NEWS = 2 * LINE
 """Counts events and calls of ``wake``. A futex for the engine's thread."""
 
 ENGINE_ASLEEP = 3 * LINE
+TOKENS_TO = 3 * LINE + 1
+"""The file descriptor of the pipe into which teams write the tokens of PIPED rows (body_words.py)."""
 
 # -- events --------------------------------------------------------------------------------------------------
 EVENT_WORDS = 8
 RING_EVENTS = 4096
-EVENT_SLOT, EVENT_KIND, EVENT_ROW, EVENT_TOKEN, EVENT_MADE = range(5)
-TOKEN_EVENT, RETIRED_EVENT = 1, 2
+EVENT_KIND, EVENT_REQUEST, EVENT_TOKEN = range(RECORD_WORDS)
+EVENT_SLOT, EVENT_ROW, EVENT_MADE, EVENT_DELIVERED = range(RECORD_WORDS, RECORD_WORDS + 4)
+TOKEN_EVENT, RETIRED_EVENT = TOKEN_RECORD, TOKEN_RECORD + 1
+NO_REQUEST = -1
+"""The first words of a token's event are its record for the pipe, from where it is written, too, unless its
+request is NO_REQUEST. DELIVERED says that the pipe has taken it."""
 
 SLOTS = 256
 
@@ -95,16 +103,14 @@ class Control:
 
     memory: np.ndarray
     num_teams: int
+    address: int
 
     @staticmethod
     def allocate(num_teams: int) -> Control:
         """All words zero."""
         words = GLOBAL_WORDS + SLOTS * SLOT_WORDS + num_teams * (TEAM_WORDS + RING_EVENTS * EVENT_WORDS)
-        return Control(new_words(words), num_teams)
-
-    @property
-    def address(self) -> int:
-        return int(self.memory.ctypes.data)
+        memory = new_words(words)
+        return Control(memory, num_teams, int(memory.ctypes.data))
 
     @property
     def slots(self) -> int:

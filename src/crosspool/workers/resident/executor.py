@@ -84,6 +84,7 @@ class ResidentExecutor:
         self._flying: dict[int, _InFlight] = {}
         self._slots_of: dict[RequestId, set[int]] = {}
         self._seen_news = 0
+        self._piped = False
         self._broken: Exception | None = None
         self._closed = False
         self._crews = self._make_crews(topology, backends, stage_addresses(compiling))
@@ -135,7 +136,8 @@ class ResidentExecutor:
             )
         model, arena = self._models[grant.model], self._arenas[grant.kv_device]
         memory = self._memory.take(body_bytes(grant, model, self._parts))
-        body = Body(grant, model, arena.data_ptr(), arena.shape[1], self._parts, memory)
+        address, page_bytes = arena.data_ptr(), arena.shape[1]
+        body = Body(grant, model, address, page_bytes, self._parts, memory, piped=self._piped)
         slot = self._take_slot()
         number_of = {row.request: number for number, row in enumerate(grant.rows)}
         self._flying[slot] = _InFlight(grant, body, number_of, set())
@@ -157,6 +159,10 @@ class ResidentExecutor:
             flying = self._flying[slot]
             flying.dropped.add(request)
             flying.body.drop(flying.number_of[request])
+
+    def stream_to(self, pipe: int) -> None:
+        write_word(self._control.address + 8 * layout.TOKENS_TO, pipe)
+        self._piped = True
 
     def poll(self) -> list[Event]:
         """Raises InvariantError if a team has died of a bug: nothing can be relied on then."""
@@ -222,24 +228,34 @@ class ResidentExecutor:
         address = team_address(self._control, team)
         written = read_word(address + 8 * layout.EVENTS_WRITTEN)
         read = int(self._control.team_words(team)[layout.EVENTS_READ])
-        ring = self._control.ring(team)
-        for number in range(read, written):
-            slot, kind, row, token, made = ring[number % layout.RING_EVENTS, : layout.EVENT_MADE + 1].tolist()
+        for kind, _, token, slot, row, made, delivered, _ in self._events(team, read, written):
             if kind == TOKEN_EVENT:
-                self._take_token(self._flying[slot], row, token, made, events)
+                self._take_token(self._flying[slot], row, token, made, bool(delivered), events)
             else:
                 events.append(self._take_end(slot, row != 0, (Nanoseconds(token), Nanoseconds(made))))
         if written != read:
             write_word(address + 8 * layout.EVENTS_READ, written)
 
-    def _take_token(self, flying: _InFlight, number: int, token: int, made: int, events: list[Event]) -> None:
+    def _events(self, team: int, read: int, written: int) -> list[list[int]]:
+        """The words of a team's events from number ``read`` on."""
+        ring, begin, end = self._control.ring(team), read % layout.RING_EVENTS, written % layout.RING_EVENTS
+        if begin <= end and written - read < layout.RING_EVENTS:
+            return ring[begin:end].tolist()  # type: ignore[no-any-return]
+        return [*ring[begin:].tolist(), *ring[:end].tolist()]
+
+    def _take_token(
+        self, flying: _InFlight, number: int, token: int, made: int, delivered: bool, events: list[Event]
+    ) -> None:
         row: Row = flying.grant.rows[number]
         if row.request in flying.dropped:
+            return
+        if delivered:
+            events.append(TokenEvent(flying.grant.id, row.request, token, None, None, True))
             return
         finish, _ = row_after(row, made, token)
         asked = row.choice is not None and row.choice.params.logprobs is not None
         logprobs = flying.body.logprobs(number, made) if asked else None
-        events.append(TokenEvent(flying.grant.id, row.request, token, finish, logprobs))
+        events.append(TokenEvent(flying.grant.id, row.request, token, finish, logprobs, delivered))
 
     def _take_end(self, slot: int, failed: bool, times: tuple[Nanoseconds, Nanoseconds]) -> RetiredEvent:
         flying = self._flying.pop(slot)

@@ -22,11 +22,14 @@ from crosspool.kernels.numba.intrinsics import (
 from crosspool.workers.resident.body_words import (
     ALIVE,
     CHOOSERS,
+    DONE,
+    ENDED,
     MADE,
     NEXT,
     PASS_CHOOSERS,
     PASS_QUERIES,
     PASS_ROWS,
+    PIPED,
     ROW_NUMBERS,
     ROW_OF,
     body_at,
@@ -44,6 +47,7 @@ from crosspool.workers.resident.control import (
     FFN_TIME,
     HAS_HEAD,
     INTERVAL,
+    NO_REQUEST,
     NO_SLOT,
     PARTS_DONE,
     PASSED,
@@ -275,7 +279,11 @@ def _ring(crew, slot, model, stage):
 
 @kernel
 def _end_pass(crew, index):
-    """Every row that chose has its token: send them. Returns whether there is another pass."""
+    """Every row that chose has its token: send them. Returns whether there is another pass.
+
+    A request's last token goes by the engine's thread, which says why it was the last, and so do all tokens
+    of a row after one that the pipe did not take: none overtakes another.
+    """
     slot = words(slot_at(crew, index), SLOT_WORDS)
     body = body_at(slot[BODY])
     team, ring = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER], crew[RING]
@@ -287,18 +295,26 @@ def _end_pass(crew, index):
         if row[NEXT] < 0:
             slot[ERROR] = 1
             return False
+    all_delivered = True
     for chooser in choosers:
         number = numbers[row_of[chooser]]
         row = row_at(body, number)
         end_row(row)
-        if load_acquire(address_of(row) + 8 * ALIVE) != 0:
-            send_event(crew[CONTROL], team, ring, index, TOKEN_EVENT, number, row[NEXT], row[MADE])
+        if load_acquire(address_of(row) + 8 * ALIVE) == 0:
+            continue
+        if row[DONE] == ENDED:
+            row[PIPED] = NO_REQUEST
+        token, made = row[NEXT], row[MADE]
+        if not send_event(crew[CONTROL], team, ring, TOKEN_EVENT, row[PIPED], token, index, number, made):
+            row[PIPED] = NO_REQUEST
+            all_delivered = False
     slot[STEPS] -= 1
     if slot[STEPS] == 0 or load_acquire(address_of(slot) + 8 * RECALLED) != 0:
         return False
     if rows_that_go_on(slot[BODY]) == 0:
         return False
-    ring_news(crew[CONTROL])
+    if not all_delivered:
+        ring_news(crew[CONTROL])
     return True
 
 
@@ -311,6 +327,6 @@ def _end(crew, index):
     attention = slot[ATTENTION_TIME] // max(1, slot[ATTENTION_TASKS])
     ffn = slot[FFN_TIME] // max(1, slot[FFN_TASKS])
     slot[CHUNK_END] = 0
-    send_event(crew[CONTROL], team, ring, index, RETIRED_EVENT, slot[ERROR], attention, ffn)
+    send_event(crew[CONTROL], team, ring, RETIRED_EVENT, NO_REQUEST, attention, index, slot[ERROR], ffn)
     retire(address)
     ring_news(crew[CONTROL])

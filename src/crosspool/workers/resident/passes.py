@@ -16,6 +16,7 @@ from crosspool.workers.resident.body_words import (
     COS,
     COUNT,
     DONE,
+    ENDED,
     FIRST,
     FIRSTS,
     GROUPS,
@@ -40,6 +41,7 @@ from crosspool.workers.resident.body_words import (
     STOPS_AFTER,
     STREAM,
     TABLES,
+    USED_UP,
     body_at,
     row_at,
 )
@@ -130,12 +132,15 @@ def end_row(row):
     row[FIRST] += row[COUNT]
     row[COUNT], row[ROW_INPUTS] = 1, address_of(row) + 8 * NEXT
     row[MADE] += 1
-    row[DONE] = row[MADE] == row[REMAINING] or row[MADE] == row[STEPS]
+    if row[MADE] == row[STEPS]:
+        row[DONE] = USED_UP
+    if row[MADE] == row[REMAINING]:
+        row[DONE] = ENDED
     if row[MADE] > row[STOPS_AFTER]:
         stops = words(row[STOPS], row[STOP_COUNT])
         for i in range(row[STOP_COUNT]):
             if stops[i] == row[NEXT]:
-                row[DONE] = 1
+                row[DONE] = ENDED
 
 
 @inline

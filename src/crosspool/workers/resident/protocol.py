@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crosspool.core.token_record import RECORD_WORDS
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.intrinsics import (
     exchange,
@@ -12,13 +13,16 @@ from crosspool.kernels.numba.intrinsics import (
     store_release,
     wake_all,
     words,
+    write_file,
 )
 from crosspool.workers.resident.control import (
     ASLEEP,
     BELL,
     ENGINE_ASLEEP,
+    EVENT_DELIVERED,
     EVENT_KIND,
     EVENT_MADE,
+    EVENT_REQUEST,
     EVENT_ROW,
     EVENT_SLOT,
     EVENT_TOKEN,
@@ -27,6 +31,7 @@ from crosspool.workers.resident.control import (
     EVENTS_WRITTEN,
     MEMBERS_ASLEEP,
     NEWS,
+    NO_REQUEST,
     POSITION,
     RETIRED,
     RING_EVENTS,
@@ -36,6 +41,7 @@ from crosspool.workers.resident.control import (
     TASK_PART,
     TASK_SLOT,
     TASK_STAGE,
+    TOKENS_TO,
 )
 
 FULL_RING_NAP = 100_000
@@ -120,18 +126,29 @@ def await_task(team, taken, timeout):
 
 
 @inline
-def send_event(control, team, ring, slot_index, kind, row, token, made):
-    """Leader: put an event into its team's ring; if that is full, wait for the engine's thread."""
+def send_event(control, team, ring, kind, request, token, slot_index, row, made):
+    """Leader: put an event into its team's ring; if that is full, wait for the engine's thread.
+
+    A token of a request that may go into the pipe is written there first. Returns whether the pipe has it: a
+    full one is not waited for. If not, there is news for the engine's thread.
+    """
     written = load_acquire(team + 8 * EVENTS_WRITTEN)
     while written - load_acquire(team + 8 * EVENTS_READ) >= RING_EVENTS:
         if load_acquire(control + 8 * STOP) != 0:
-            return
+            return False
         ring_news(control)
         sleep_on(team + 8 * EVENTS_READ, load_acquire(team + 8 * EVENTS_READ), FULL_RING_NAP)
     event = words(ring + 8 * EVENT_WORDS * (written % RING_EVENTS), EVENT_WORDS)
-    event[EVENT_SLOT], event[EVENT_KIND], event[EVENT_ROW] = slot_index, kind, row
-    event[EVENT_TOKEN], event[EVENT_MADE] = token, made
+    event[EVENT_KIND], event[EVENT_REQUEST], event[EVENT_TOKEN] = kind, request, token
+    event[EVENT_SLOT], event[EVENT_ROW], event[EVENT_MADE] = slot_index, row, made
+    delivered = False
+    if request != NO_REQUEST:
+        size = 8 * RECORD_WORDS
+        pipe = words(control, TOKENS_TO + 1)[TOKENS_TO]
+        delivered = write_file(pipe, ring + 8 * EVENT_WORDS * (written % RING_EVENTS), size) == size
+    event[EVENT_DELIVERED] = delivered
     store_release(team + 8 * EVENTS_WRITTEN, written + 1)
+    return delivered
 
 
 @kernel
