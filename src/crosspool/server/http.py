@@ -42,6 +42,7 @@ class TimedTransport:
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
+        self.write = transport.write
 
     def close(self) -> None:
         if not self._transport.is_closing():

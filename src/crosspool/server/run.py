@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import uvloop
+
 from crosspool.core.config import EngineConfig
 from crosspool.core.errors import EngineDeadError
 from crosspool.core.info import EngineInfo, LoadProgress
@@ -44,7 +46,9 @@ def serve(
     EngineDeadError if the engine process ends while it loads.
     """
     listener = listen(server.host, server.port)
-    return asyncio.run(_Serving(engine, server, listener, progress, on_ready, cell_command).run())
+    serving = _Serving(engine, server, listener, progress, on_ready, cell_command)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serving.run())
 
 
 class _Serving:
