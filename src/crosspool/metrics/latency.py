@@ -50,15 +50,18 @@ class SequenceTimer:
         self._model = model
         self._arrival = arrival
         self._last_delivery: float | None = None
+        self._gaps: tuple[Histogram, ...] = ()
 
     def delivered(self, now: float) -> None:
         """One or more new tokens were delivered together."""
         if self._last_delivery is None:
             self._histograms.first_token.labels(self._model).observe(now - self._arrival)
         else:
-            gap = now - self._last_delivery
-            self._histograms.inter_token.labels(self._model).observe(gap)
-            self._histograms.per_output_token.labels(self._model).observe(gap)
+            if not self._gaps:
+                histograms = (self._histograms.inter_token, self._histograms.per_output_token)
+                self._gaps = tuple(histogram.labels(self._model) for histogram in histograms)
+            for histogram in self._gaps:
+                histogram.observe(now - self._last_delivery)
         self._last_delivery = now
 
     def ended(self, now: float) -> None:

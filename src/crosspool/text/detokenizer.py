@@ -19,7 +19,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._incomplete = b""
         begun = any(tokenizer.token_bytes(token) for token in prompt if token not in self._skipped)
         self._leading_spaces = 0 if begun else tokenizer.leading_spaces
 
@@ -27,11 +27,15 @@ class Detokenizer:
         """The text that this token completes, which may be empty."""
         if token_id in self._skipped:
             return ""
-        return self._without_leading_spaces(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        content = self._incomplete + self._tokenizer.token_bytes(token_id)
+        text, complete = codecs.utf_8_decode(content, "replace", False)
+        self._incomplete = content[complete:]
+        return self._without_leading_spaces(text) if self._leading_spaces else text
 
     def finish(self) -> str:
         """What is left at the end: U+FFFD if the last character never became complete, else nothing."""
-        return self._without_leading_spaces(self._utf8.decode(b"", final=True))
+        content, self._incomplete = self._incomplete, b""
+        return self._without_leading_spaces(content.decode("utf-8", "replace"))
 
     def _without_leading_spaces(self, text: str) -> str:
         while text and self._leading_spaces:
