@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 from pydantic import BaseModel
 from starlette.types import Message
 
 from crosspool.core.errors import OverloadedError
-from crosspool.server.sse import EventStream, event
+from crosspool.server.sse import EventStream, TextEvents, event
 from helpers_sse import read_events
 
 pytestmark = pytest.mark.unit
@@ -21,31 +21,43 @@ class Thing(BaseModel):
     b: int | None = None
 
 
+class Named(BaseModel):
+    name: str
+    text: str
+    end: str | None
+
+
 class Source:
-    """Numbers, one of which is already taken, as the deltas of a stream that has begun."""
+    """Numbers, the first of which is taken already, as the deltas of a stream that has begun."""
 
     def __init__(self, *items: int | Exception) -> None:
         self.closed = False
         self.items = self._generate(items)
 
-    async def _generate(self, items: tuple[int | Exception, ...]) -> AsyncGenerator[int, None]:
+    async def _generate(self, items: tuple[int | Exception, ...]) -> AsyncGenerator[list[int], None]:
         try:
-            yield 0
+            yield [0]
             for item in items:
                 if isinstance(item, Exception):
                     raise item
-                yield item
+                yield [item]
         finally:
             self.closed = True
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        async for item in self.items:
-            yield event(Thing(a=item))
+
+class Numbers:
+    """Writes numbers as events, 0 as none."""
+
+    def events(self, deltas: Sequence[int]) -> bytes:
+        return b"".join(event(Thing(a=number)) for number in deltas if number)
+
+    def last(self) -> bytes:
+        return event(Thing(b=0))
 
 
 async def respond(source: Source, *, leave_after: int | None = None) -> str:
     """What is sent to a client that leaves after so many messages."""
-    await anext(source.items)
+    first = await anext(source.items)
     sent: list[Message] = []
     left = asyncio.Event()
     if leave_after == 0:
@@ -61,7 +73,7 @@ async def respond(source: Source, *, leave_after: int | None = None) -> str:
             left.set()
         await asyncio.sleep(0)
 
-    await EventStream(source.events(), source.items)(SCOPE, receive, send)
+    await EventStream(Numbers(), first, source.items)(SCOPE, receive, send)
     return b"".join(message.get("body", b"") for message in sent).decode()
 
 
@@ -69,9 +81,17 @@ def test_only_fields_that_were_set_are_sent() -> None:
     assert event(Thing(a=None)) == b'data: {"a":null}\n\n'
 
 
+def test_a_text_is_written_into_its_event_as_it_would_be_encoded_with_it() -> None:
+    """Also where other fields look like the empty text."""
+    texts = TextEvents(event(Named(name='""', text="", end=None)))
+    everything = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for text in ("", '""', "a\nb", "".join(everything)):
+        assert texts.event(text) == event(Named(name='""', text=text, end=None))
+
+
 async def test_a_stream_that_comes_to_its_end_says_so() -> None:
     source = Source(1, 2)
-    assert read_events(await respond(source)) == [{"a": 1}, {"a": 2}, "[DONE]"]
+    assert read_events(await respond(source)) == [{"a": 1}, {"a": 2}, {"b": 0}, "[DONE]"]
     assert source.closed
 
 

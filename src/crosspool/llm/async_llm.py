@@ -17,6 +17,7 @@ from crosspool.core.request import EngineOutput, Request
 from crosspool.core.sampling import SamplingParams
 from crosspool.engine.async_engine import AsyncEngine
 from crosspool.engine.client import EngineClient
+from crosspool.llm.arrivals import Arrivals
 from crosspool.llm.fronts import Fronts
 from crosspool.llm.options import Models, engine_config
 from crosspool.text.chat_template import Message
@@ -107,7 +108,7 @@ class AsyncLLM:
         )
         return self._submission(model, token_ids, params)
 
-    async def stream(self, *submissions: Submission) -> AsyncGenerator[TextDelta, None]:
+    def stream(self, *submissions: Submission) -> AsyncGenerator[TextDelta, None]:
         """Run them all and yield deltas as they come, each choice until one with a finish reason.
 
         Choices are numbered through all submissions in order, n for each. Closing the generator or cancelling
@@ -118,9 +119,7 @@ class AsyncLLM:
         for submission in submissions:
             assemblers = submission.assemblers(first_index=len(choices))
             choices += map(self._choice, submission.requests, assemblers)
-        async with aclosing(choices[0] if len(choices) == 1 else _merge(choices)) as deltas:
-            async for delta in deltas:
-                yield delta
+        return choices[0] if len(choices) == 1 else _merge(choices)
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, model: str | None = None
@@ -177,28 +176,28 @@ async def _close(outputs: AsyncIterator[EngineOutput]) -> None:
 
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
     """Items of all streams as they come. An error in one ends them all."""
-    arrivals: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+    arrivals: Arrivals[TextDelta | Exception | None] = Arrivals()
 
     async def forward(stream: AsyncGenerator[TextDelta, None]) -> None:
         try:
             async with aclosing(stream):
                 async for item in stream:
-                    arrivals.put_nowait(item)
-            arrivals.put_nowait(None)
+                    arrivals.put(item)
+            arrivals.put(None)
         except Exception as error:
-            arrivals.put_nowait(error)
+            arrivals.put(error)
 
     tasks = [asyncio.create_task(forward(stream)) for stream in streams]
     try:
         open_streams = len(tasks)
         while open_streams:
-            item = await arrivals.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                open_streams -= 1
-            else:
-                yield item
+            for item in await arrivals.take():
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    open_streams -= 1
+                else:
+                    yield item
     finally:
         for task in tasks:
             task.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
@@ -37,7 +37,7 @@ def router(state: ServerState) -> APIRouter:
         if body.stream:
             first = await generation.begin(request, deltas)
             chunks = _Chunks(submission, with_usage=body.include_usage)
-            return sse.EventStream(chunks.events(generation.chain(first, deltas)), deltas)
+            return sse.EventStream(chunks, first, deltas)
         collecting = generation.collect(deltas, len(submission.requests))
         return json_response(_whole(submission, await generation.unless_disconnected(request, collecting)))
 
@@ -83,17 +83,29 @@ class _Chunks:
         self._with_usage = with_usage
         self._id = _new_id()
         self._created = int(time.time())
+        self._output_tokens: dict[int, int] = {}
+        self._texts: dict[int, sse.TextEvents] = {}
 
-    async def events(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
-        output_tokens: dict[int, int] = {}
-        async for delta in deltas:
-            if delta.index not in output_tokens:
-                yield self._chunk(delta.index, ChatMessage(role="assistant", content=""))
-            output_tokens[delta.index] = delta.output_tokens
-            if delta.text or delta.logprobs or delta.finish_reason:
-                yield self._chunk(delta.index, ChatMessage(content=delta.text), delta)
-        if self._with_usage:
-            yield self._event([], generation.usage([self._submission], sum(output_tokens.values())))
+    def events(self, deltas: Sequence[TextDelta]) -> bytes:
+        return b"".join(event for delta in deltas for event in self._events_of(delta))
+
+    def last(self) -> bytes:
+        if not self._with_usage:
+            return b""
+        return self._event([], generation.usage([self._submission], sum(self._output_tokens.values())))
+
+    def _events_of(self, delta: TextDelta) -> Iterator[bytes]:
+        index = delta.index
+        if index not in self._output_tokens:
+            yield self._chunk(index, ChatMessage(role="assistant", content=""))
+            self._texts[index] = sse.TextEvents(self._chunk(index, ChatMessage(content="")))
+        self._output_tokens[index] = delta.output_tokens
+        if not (delta.text or delta.logprobs or delta.finish_reason):
+            return
+        if delta.logprobs is None and delta.finish_reason is None:
+            yield self._texts[index].event(delta.text)
+        else:
+            yield self._chunk(index, ChatMessage(content=delta.text), delta)
 
     def _chunk(self, index: int, message: ChatMessage, delta: TextDelta | None = None) -> bytes:
         choice = ChatChunkChoice(index=index, delta=message, logprobs=None, finish_reason=None)

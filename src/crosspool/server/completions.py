@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
@@ -30,7 +31,7 @@ def router(state: ServerState) -> APIRouter:
         if body.stream:
             first = await generation.begin(request, deltas)
             chunks = _Chunks(submissions, with_usage=body.include_usage)
-            return sse.EventStream(chunks.events(generation.chain(first, deltas)), deltas)
+            return sse.EventStream(chunks, first, deltas)
         collecting = generation.collect(deltas, sum(len(one.requests) for one in submissions))
         return json_response(_whole(submissions, await generation.unless_disconnected(request, collecting)))
 
@@ -76,15 +77,28 @@ class _Chunks:
         self._id = _new_id()
         self._created = int(time.time())
         self._offsets: Counter[int] = Counter()
+        self._output_tokens: dict[int, int] = {}
+        self._texts: dict[int, sse.TextEvents] = {}
 
-    async def events(self, deltas: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
-        output_tokens: dict[int, int] = {}
-        async for delta in deltas:
-            output_tokens[delta.index] = delta.output_tokens
-            if delta.text or delta.logprobs or delta.finish_reason:
-                yield self._event([self._choice(delta)], None)
-        if self._with_usage:
-            yield self._event([], generation.usage(self._submissions, sum(output_tokens.values())))
+    def events(self, deltas: Sequence[TextDelta]) -> bytes:
+        return b"".join(map(self._event_of, deltas))
+
+    def last(self) -> bytes:
+        if not self._with_usage:
+            return b""
+        return self._event([], generation.usage(self._submissions, sum(self._output_tokens.values())))
+
+    def _event_of(self, delta: TextDelta) -> bytes:
+        """Nothing for a delta that has nothing to tell."""
+        self._output_tokens[delta.index] = delta.output_tokens
+        if not (delta.text or delta.logprobs or delta.finish_reason):
+            return b""
+        if delta.logprobs is not None or delta.finish_reason is not None:
+            return self._event([self._choice(delta)], None)
+        if delta.index not in self._texts:
+            example = self._event([self._choice(replace(delta, text=""))], None)
+            self._texts[delta.index] = sse.TextEvents(example)
+        return self._texts[delta.index].event(delta.text)
 
     def _choice(self, delta: TextDelta) -> CompletionChoice:
         logprobs = None

@@ -1,10 +1,10 @@
-"""Running a request for the routes: its time limits, its timers, and its end when the client leaves."""
+"""Running a request for the routes: its timers, and its end when the client leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,10 +14,12 @@ from starlette.requests import ClientDisconnect, Request
 from crosspool.core.errors import CrossPoolError, InvalidRequestError, OverloadedError
 from crosspool.core.request import FinishReason
 from crosspool.llm import OutputLogprobs, Submission, TextDelta
+from crosspool.llm.arrivals import Arrivals
 from crosspool.metrics.latency import SequenceTimer
 from crosspool.server.config import LimitsConfig
 from crosspool.server.openai_responses import Usage
 from crosspool.server.state import ServerState
+from crosspool.server.time_limits import in_time
 
 T = TypeVar("T")
 
@@ -72,90 +74,59 @@ def check_choices(limits: LimitsConfig, prompts: int, n: int) -> None:
 
 async def run(
     state: ServerState, submissions: Sequence[Submission], arrival: float
-) -> AsyncGenerator[TextDelta, None]:
-    """The deltas of all choices, timed for /metrics. ``arrival`` is by the clock of the event loop.
+) -> AsyncGenerator[list[TextDelta], None]:
+    """The deltas of all choices, timed for /metrics: each time all that have come since the last time.
+    ``arrival`` is by the clock of the event loop.
 
     They are taken from the engine as they come, however slowly the client reads.
 
     Raises OverloadedError when a time limit is passed, CrossPoolError when the engine fails on a request, and
     what AsyncLLM.stream raises.
     """
-    arrivals: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
-
-    async def take() -> None:
-        try:
-            async with aclosing(_timed(state, submissions, arrival)) as deltas:
-                async for delta in deltas:
-                    arrivals.put_nowait(delta)
-            arrivals.put_nowait(None)
-        except Exception as error:
-            arrivals.put_nowait(error)
-
-    taking = asyncio.create_task(take())
+    arrivals: Arrivals[TextDelta | None] = Arrivals()
+    taking = asyncio.create_task(_take(state, submissions, arrival, arrivals.put))
+    taking.add_done_callback(lambda _: arrivals.put(None))
     try:
-        while (item := await arrivals.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        while True:
+            items = await arrivals.take()
+            deltas = [delta for delta in items if delta is not None]
+            if deltas:
+                yield deltas
+            if len(deltas) < len(items):
+                taking.result()
+                return
     finally:
         taking.cancel()
         await asyncio.gather(taking, return_exceptions=True)
 
 
-async def _timed(
-    state: ServerState, submissions: Sequence[Submission], arrival: float
-) -> AsyncGenerator[TextDelta, None]:
+async def _take(
+    state: ServerState,
+    submissions: Sequence[Submission],
+    arrival: float,
+    deliver: Callable[[TextDelta], None],
+) -> None:
     clock = asyncio.get_running_loop().time
     timers = [
         SequenceTimer(state.metrics.latencies, submission.model.name, arrival)
         for submission in submissions
         for _ in submission.requests
     ]
-    deltas = _limited(state.llm.stream(*submissions), len(timers), state.config.limits, arrival)
-    async with aclosing(deltas):
+    async with (
+        in_time(state.config.limits, len(timers), arrival) as limit,
+        aclosing(state.llm.stream(*submissions)) as deltas,
+    ):
         async for delta in deltas:
             if delta.finish_reason is FinishReason.ERROR:
                 logger.error("the engine failed on a request: %s", delta.error)
                 raise CrossPoolError("the engine failed on this request")
             now = clock()
+            limit.note(delta.index, now)
             if delta.token_ids:
                 timers[delta.index].delivered(now)
             if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 timers[delta.index].ended(now)
-            yield delta
-
-
-async def _limited(
-    deltas: AsyncGenerator[TextDelta, None], choices: int, limits: LimitsConfig, arrival: float
-) -> AsyncGenerator[TextDelta, None]:
-    """The same deltas, or OverloadedError if they do not come in time.
-
-    Until every choice has begun, the next delta may be the first token of one that still waits.
-    """
-    clock = asyncio.get_running_loop().time
-    end = arrival + limits.total_timeout
-    begun: set[int] = set()
-    async with aclosing(deltas):
-        while True:
-            if len(begun) < choices:
-                patience, what = limits.first_token_timeout, "first token"
-            else:
-                patience, what = limits.token_timeout, "next token"
-            try:
-                async with asyncio.timeout_at(min(end, clock() + patience)) as limit:
-                    delta = await anext(deltas)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                if clock() >= end:
-                    raise OverloadedError(
-                        f"the request took longer than {limits.total_timeout:g} s"
-                    ) from None
-                raise OverloadedError(f"the {what} did not come within {patience:g} s") from None
-            begun.add(delta.index)
-            yield delta
+            deliver(delta)
 
 
 @dataclass(slots=True)
@@ -178,29 +149,23 @@ class Choice:
         self.stop_reason = delta.stop_reason
 
 
-async def collect(deltas: AsyncGenerator[TextDelta, None], choices: int) -> list[Choice]:
+async def collect(deltas: AsyncGenerator[list[TextDelta], None], choices: int) -> list[Choice]:
     """All choices, whole."""
     collected = [Choice() for _ in range(choices)]
     async with aclosing(deltas):
-        async for delta in deltas:
-            collected[delta.index].take(delta)
+        async for several in deltas:
+            for delta in several:
+                collected[delta.index].take(delta)
     return collected
 
 
-async def begin(request: Request, deltas: AsyncGenerator[TextDelta, None]) -> TextDelta:
-    """The first delta. It is waited for, so that an error before it can still become an HTTP status."""
+async def begin(request: Request, deltas: AsyncGenerator[T, None]) -> T:
+    """The first deltas. They are waited for, so that an error before them can still become an HTTP status."""
 
-    async def first() -> TextDelta:
+    async def first() -> T:
         return await anext(deltas)
 
     return await unless_disconnected(request, first())
-
-
-async def chain(first: TextDelta, rest: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[TextDelta, None]:
-    """The deltas again, with the first that ``begin`` took."""
-    yield first
-    async for delta in rest:
-        yield delta
 
 
 def usage(submissions: Sequence[Submission], output_tokens: int) -> Usage:

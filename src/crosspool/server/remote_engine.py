@@ -10,6 +10,7 @@ from crosspool.core.errors import CrossPoolError, EngineDeadError
 from crosspool.core.ids import RequestId
 from crosspool.core.info import EngineInfo, EngineStats
 from crosspool.core.request import EngineOutput, Request
+from crosspool.llm.arrivals import Arrivals
 from crosspool.server import messages
 from crosspool.server.channel import ApiChannel
 
@@ -24,7 +25,7 @@ class RemoteEngine:
     def __init__(self) -> None:
         self._channel: ApiChannel | None = None
         self._info: EngineInfo | None = None
-        self._streams: dict[RequestId, asyncio.Queue[EngineOutput | CrossPoolError]] = {}
+        self._streams: dict[RequestId, Arrivals[EngineOutput | CrossPoolError]] = {}
         self._queries: dict[int, asyncio.Future[EngineStats]] = {}
         self._query_numbers = count()
 
@@ -38,16 +39,18 @@ class RemoteEngine:
     async def generate(self, request: Request) -> AsyncIterator[EngineOutput]:
         """See EngineClient.generate."""
         self._send(messages.Submit(request))
-        stream = self._streams[request.id] = asyncio.Queue()
+        stream = self._streams[request.id] = Arrivals()
         open_in_engine = True
         try:
             while open_in_engine:
-                item = await stream.get()
-                if isinstance(item, CrossPoolError):
-                    open_in_engine = False
-                    raise item
-                open_in_engine = item.finish_reason is None
-                yield item
+                for item in await stream.take():
+                    if isinstance(item, CrossPoolError):
+                        open_in_engine = False
+                        raise item
+                    open_in_engine = item.finish_reason is None
+                    yield item
+                    if not open_in_engine:
+                        return
         finally:
             del self._streams[request.id]
             if open_in_engine:
@@ -87,7 +90,7 @@ class RemoteEngine:
         """The cell is gone: everything under way ends with ``error``."""
         self._channel = None
         for stream in self._streams.values():
-            stream.put_nowait(error)
+            stream.put(error)
         for query in self._queries.values():
             if not query.done():
                 query.set_exception(error)
@@ -108,7 +111,7 @@ class RemoteEngine:
     def _put(self, request: RequestId, item: EngineOutput | CrossPoolError) -> None:
         stream = self._streams.get(request)
         if stream is not None:
-            stream.put_nowait(item)
+            stream.put(item)
 
     def _send(self, command: messages.Command) -> None:
         if self._channel is None:

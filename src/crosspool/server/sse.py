@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol, TypeVar
 
+import msgspec
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -14,8 +14,13 @@ from starlette.types import Receive, Scope, Send
 from crosspool.core.errors import CrossPoolError
 from crosspool.server.errors import error_event
 
+T = TypeVar("T")
+Contra = TypeVar("Contra", contravariant=True)
+
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+encode_text = msgspec.json.Encoder().encode
 
 logger = logging.getLogger(__name__)
 
@@ -25,33 +30,64 @@ def event(content: BaseModel) -> bytes:
     return b"data: " + content.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
-class EventStream(StreamingResponse):
-    """Sends events as they come, and ``[DONE]`` if they come to their end.
+class TextEvents:
+    """Events that differ in one text alone: all the rest is encoded once.
 
-    An error is sent as an event of its own, without ``[DONE]``: no answer is cut off in silence. ``source``
-    is what the events are made from; it is closed at once when the client leaves, begun or not.
+    ``example`` is such an event whose text is empty, and is its last string that is.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]) -> None:
-        self._events = _with_end(events)
+    def __init__(self, example: bytes) -> None:
+        self._head, _, self._tail = example.rpartition(b'""')
+
+    def event(self, text: str) -> bytes:
+        return self._head + encode_text(text) + self._tail
+
+
+class Chunks(Protocol[Contra]):
+    """How the deltas of one answer are written as events."""
+
+    def events(self, deltas: Sequence[Contra]) -> bytes:
+        """The events of these deltas, in one piece; none where they have nothing to tell."""
+        ...
+
+    def last(self) -> bytes:
+        """What comes after the last delta."""
+        ...
+
+
+class EventStream(StreamingResponse):
+    """Sends events as they come, and ``[DONE]`` when they come to their end.
+
+    An error is sent as an event of its own, without ``[DONE]``: no answer is cut off in silence. ``first``
+    was taken from ``source`` already, which is closed at once when the client leaves, begun or not.
+    """
+
+    def __init__(
+        self, chunks: Chunks[T], first: Sequence[T], source: AsyncGenerator[Sequence[T], None]
+    ) -> None:
         self._source = source
-        super().__init__(self._events, media_type="text/event-stream", headers=HEADERS)
+        self._pieces = _pieces(chunks, first, source)
+        super().__init__(self._pieces, media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()
+            await self._pieces.aclose()
             await self._source.aclose()
 
 
-async def _with_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        try:
-            async for content in events:
+async def _pieces(
+    chunks: Chunks[T], first: Sequence[T], source: AsyncGenerator[Sequence[T], None]
+) -> AsyncGenerator[bytes, None]:
+    try:
+        if content := chunks.events(first):
+            yield content
+        async for deltas in source:
+            if content := chunks.events(deltas):
                 yield content
-            yield DONE
-        except Exception as error:
-            if not isinstance(error, CrossPoolError):
-                logger.exception("a stream failed")
-            yield error_event(error)
+        yield chunks.last() + DONE
+    except Exception as error:
+        if not isinstance(error, CrossPoolError):
+            logger.exception("a stream failed")
+        yield error_event(error)

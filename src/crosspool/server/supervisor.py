@@ -126,6 +126,8 @@ class Supervisor:
         while True:
             event = await channel.receive()
             match event:
+                case messages.Outputs() | messages.Rejected():
+                    self._engine.deliver(event)
                 case messages.Failed():
                     return messages.to_error(event)
                 case messages.Progress(progress):
@@ -139,8 +141,6 @@ class Supervisor:
                     self.state = EngineState.READY
                 case messages.Stats():
                     self._signs_of_life += 1
-                    self._engine.deliver(event)
-                case messages.Outputs() | messages.Rejected():
                     self._engine.deliver(event)
 
     async def _watch(self, channel: ApiChannel) -> EngineDeadError:
