@@ -49,6 +49,7 @@ def main() -> int:
             sum(life.aborted_in_prefill > 0 for life in lives) / max(1, len(lives)), 3
         ),
         "share_with_failed_layer": round(sum(life.failures > 0 for life in lives) / max(1, len(lives)), 3),
+        "share_with_pages_elsewhere": round(sum(life.spread > 0 for life in lives) / max(1, len(lives)), 3),
         "transitions": {f"{a} -> {b}": moves[a, b] for a, b in sorted(TRANSITIONS)},
     }
     print(json.dumps(result, indent=2))

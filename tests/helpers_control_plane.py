@@ -16,6 +16,7 @@ from zlib import crc32
 from crosspool.build.control import PoolPlan, assemble
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import NULL_PAGE, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import LayerTask
 from crosspool.core.info import ModelInfo
@@ -47,20 +48,28 @@ def token_after(model: ModelIndex, layout: KvLayout, tokens: tuple[int, ...], vo
 class ShadowModel:
     """A TokenModel whose arithmetic reads the pages."""
 
-    def __init__(self, specs: Mapping[ModelIndex, ModelSpec], layouts: Mapping[ModelIndex, KvLayout]) -> None:
+    def __init__(
+        self,
+        specs: Mapping[ModelIndex, ModelSpec],
+        layouts: Mapping[ModelIndex, KvLayout],
+        places: DevicePages,
+    ) -> None:
         self._specs = specs
         self._layouts = layouts
-        self._pages: dict[tuple[int, int], dict[int, tuple[int, int, int, int]]] = {}
+        self._places = places
+        self._pages: dict[int, dict[int, tuple[int, int, int, int]]] = {}
         self._length: dict[tuple[int, RequestId], int] = {}
 
     def begin_pass(self, grant: Grant, row: Row, start: int, tokens: tuple[int, ...]) -> None:
         layout = self._layouts[grant.model]
         for group, pages in enumerate(row.pages):
+            devices = {self._places.device_of(page) for page in pages if page != NULL_PAGE}
+            assert devices <= {grant.kv_device, *grant.elsewhere}, f"{devices} for {grant}"
             for offset, token in enumerate(tokens):
                 chunk, slot = divmod(start + offset, layout.tokens_per_page)
                 page = pages[chunk]
                 assert page != NULL_PAGE, f"request {row.request} writes position {start + offset} nowhere"
-                content = self._pages.setdefault((grant.kv_device, page), {})
+                content = self._pages.setdefault(page, {})
                 content[slot] = (grant.model, group, start + offset, token)
         self._length[grant.id, row.request] = start + len(tokens)
 
@@ -73,7 +82,7 @@ class ShadowModel:
             tokens = []
             for position in range(first, length):
                 chunk, slot = divmod(position, layout.tokens_per_page)
-                where = self._pages[grant.kv_device, pages[chunk]][slot]
+                where = self._pages[pages[chunk]][slot]
                 assert where[:3] == (grant.model, group, position), (
                     f"request {row.request} reads {where} at position {position} of group {group}"
                 )
@@ -190,7 +199,7 @@ def make_world(
         config.topology,
         by_index,
         clock,
-        ShadowModel(by_index, layouts),
+        ShadowModel(by_index, layouts, DevicePages.of([pages] * len(kv_devices))),
         profile,
         speed=speed,
         watch=watch,
@@ -235,6 +244,7 @@ class Life:
     preemptions: int
     aborted_in_prefill: int
     failures: int
+    spread: int
     requests: int
     moves: Counter[tuple[State, State]]
 
@@ -259,6 +269,7 @@ TOPOLOGIES = (
     (("cpu:0", "cpu:1"), ("cpu:0", "cpu:1"), Sharding.LAYER),
     (("cpu:0",), ("cpu:1", "cpu:2", "cpu:3"), Sharding.TENSOR),
     (("cpu:0", "cpu:1"), ("cpu:2",), Sharding.TENSOR),
+    (("cpu:0", "cpu:1", "cpu:2"), ("cpu:1", "cpu:0"), Sharding.TENSOR),
 )
 
 
@@ -283,7 +294,7 @@ def live(seed: int) -> Life:
     world = make_world(
         specs,
         page_bytes=page_bytes,
-        pages=_tight_pool(specs, page_bytes, longest, rng),
+        pages=-(-_tight_pool(specs, page_bytes, longest, rng) // len(kv_devices)),
         scheduler=scheduler,
         kv_devices=kv_devices,
         weights_devices=weights_devices,
@@ -313,6 +324,7 @@ class _Story:
         self.aborted: set[RequestId] = set()
         self.aborted_in_prefill = 0
         self.decisions = 0
+        self.spread = 0
 
     def _make_arrivals(self, longest: int) -> list[tuple[int, Request]]:
         rng, time, arrivals = self.rng, 0, []
@@ -341,6 +353,7 @@ class _Story:
 
         def counted(grant: Grant) -> None:
             self.decisions += 1
+            self.spread += bool(grant.elsewhere)
             submit(grant)
 
         world.executor.submit = counted  # type: ignore[method-assign]
@@ -360,6 +373,7 @@ class _Story:
             preemptions=scheduler.preemptions.total(),
             aborted_in_prefill=self.aborted_in_prefill,
             failures=world.executor.failures,  # type: ignore[attr-defined]
+            spread=self.spread,
             requests=len(world.requests),
             moves=scheduler.moves,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from crosspool.backends.factory import make_backends
 from crosspool.core.batch import Event, Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.kv_layout import KvLayout, make_layout
 from crosspool.core.sampling import SamplingParams
@@ -108,7 +109,7 @@ class HandMade:
 
 
 class Rig:
-    """An executor and its arenas, which start full of bytes that are not a number in any dtype."""
+    """An executor and its arena, which starts full of bytes that are not a number in any dtype."""
 
     def __init__(
         self,
@@ -123,10 +124,11 @@ class Rig:
     ) -> None:
         self.models = models
         topology = Topology(tuple(kv_devices), tuple(weights_devices), sharding)
-        self.arenas = [torch.full((NUM_PAGES, PAGE_BYTES), 255, dtype=torch.uint8) for _ in kv_devices]
+        self.places = DevicePages.of([NUM_PAGES + device for device in range(len(kv_devices))])
+        self.arena = torch.full((self.places.total, PAGE_BYTES), 255, dtype=torch.uint8)
         make = self._resident if resident else self._threaded
         self.executor = make(topology, make_backends(topology.teams, threads), tasks)
-        self.free = [list(range(NUM_PAGES)) for _ in kv_devices]
+        self.free = [list(self.places.pages_of(device)) for device in self.places.devices]
         for device, pages in enumerate(self.free):
             random.Random(device).shuffle(pages)
         self.sequences: dict[RequestId, HandMade] = {}
@@ -149,7 +151,8 @@ class Rig:
         return ResidentExecutor(
             topology,
             backends,
-            self.arenas,
+            self.arena,
+            self.places,
             {ModelIndex(i): model for i, model in enumerate(models)},
             most_tokens=512,
             most_rows=32,
@@ -161,9 +164,9 @@ class Rig:
         attention = [
             AttentionWorker(
                 {ModelIndex(i): AttentionSide(m.spec, m.layout, m.weights) for i, m in enumerate(models)},
-                arena,
+                self.arena,
             )
-            for arena in self.arenas
+            for _ in self.places.devices
         ]
         tables = [WeightTable() for _ in topology.weights_devices]
         for index, layer, _, device, shard in self._shards(topology):
@@ -185,12 +188,15 @@ class Rig:
         *,
         model: int = 0,
         device: int = 0,
+        lent: Callable[[int], int] | None = None,
         params: SamplingParams | None = None,
         stops: Sequence[int] = (),
     ) -> HandMade:
+        """``device`` is its home; ``lent`` says on which device the pages of each chunk are, if not there."""
         layout = self.models[model].layout
         chunks = layout.chunks(len(prompt) + max_tokens)
-        pages = tuple(tuple(PageId(self.free[device].pop()) for _ in range(chunks)) for _ in layout.groups)
+        where = [device if lent is None else lent(chunk) for chunk in range(chunks)]
+        pages = tuple(tuple(PageId(self.free[place].pop()) for place in where) for _ in layout.groups)
         new = HandMade(
             RequestId(len(self.sequences)),
             ModelIndex(model),
@@ -207,6 +213,7 @@ class Rig:
     def grant(self, phase: Phase, rows: Sequence[tuple[HandMade, int, int]]) -> GrantId:
         """Submit one micro-batch of (sequence, tokens, steps)."""
         first = rows[0][0]
+        devices = {self.places.device_of(page) for s, *_ in rows for group in s.pages for page in group}
         grant = Grant(
             id=GrantId(len(self._rows)),
             model=first.model,
@@ -217,6 +224,7 @@ class Rig:
             start_by=Nanoseconds(0),
             interval=Nanoseconds(0),
             layer_cost=Nanoseconds(1000),
+            elsewhere=tuple(sorted(devices - {first.device})),
         )
         self._rows[grant.id] = [(sequence, tokens) for sequence, tokens, _ in rows]
         self.executor.submit(grant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crosspool.core.batch import Grant, Half, Phase, Row, TokenChoice
+from crosspool.core.batch import Grant, Half, Phase, Piece, Row, TokenChoice
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight
@@ -18,7 +18,15 @@ TWO = Topology(("cpu:0",), ("cpu:1",))
 ZERO = Nanoseconds(0)
 
 
-def grant(identity: int, phase: Phase, *, steps: int = 1, chooses: bool = True, start_by: int = 0) -> Grant:
+def grant(
+    identity: int,
+    phase: Phase,
+    *,
+    steps: int = 1,
+    chooses: bool = True,
+    start_by: int = 0,
+    elsewhere: tuple[int, ...] = (),
+) -> Grant:
     choice = TokenChoice(SamplingParams(), 0, 0, 99, frozenset()) if chooses else None
     row = Row(RequestId(identity), 0, (1,), ((),), choice, steps if chooses else 0)
     return Grant(
@@ -31,6 +39,7 @@ def grant(identity: int, phase: Phase, *, steps: int = 1, chooses: bool = True, 
         Nanoseconds(start_by),
         Nanoseconds(5),
         Nanoseconds(10),
+        tuple(KvDevice(device) for device in elsewhere),
     )
 
 
@@ -93,6 +102,67 @@ def test_tensor_sharding_waits_for_every_part() -> None:
     in_flight.finish(parts[0], ZERO)  # type: ignore[arg-type]
     head = in_flight.start(Team(0), ZERO)
     assert head is not None and head.layer == 1
+
+
+THREE = Topology(("cpu:0", "cpu:1", "cpu:2"), ("cpu:0",))
+
+
+def pieces(in_flight: InFlight, teams: int) -> list[tuple[int, Half, Piece, int, int]]:
+    """(layer, half, piece, team, part) in order."""
+    seen = []
+    while len(in_flight):
+        tasks = [in_flight.start(Team(team), ZERO) for team in range(teams)]
+        for task in tasks:
+            if task is not None:
+                seen.append((task.layer, task.half, task.piece, int(task.team), task.part))
+        for task in tasks:
+            if task is not None:
+                in_flight.finish(task, ZERO)
+    return seen
+
+
+def test_a_half_with_pages_elsewhere_is_begun_and_ended_at_home() -> None:
+    in_flight = InFlight(THREE, lambda _: 1)
+    in_flight.submit(grant(0, Phase.DECODE, steps=2, elsewhere=(2,)), ZERO)
+    one_pass = [
+        (0, Half.ATTENTION, Piece.BEGIN, 0, 0),
+        (0, Half.ATTENTION, Piece.PART, 0, 0),
+        (0, Half.ATTENTION, Piece.PART, 2, 1),
+        (0, Half.ATTENTION, Piece.END, 0, 0),
+        (0, Half.FFN, Piece.WHOLE, 0, 0),
+        (1, Half.ATTENTION, Piece.WHOLE, 0, 0),
+    ]
+    assert pieces(in_flight, 3) == one_pass * 2
+
+
+def test_the_end_of_a_half_waits_for_every_part() -> None:
+    in_flight = InFlight(THREE, lambda _: 1)
+    in_flight.submit(grant(0, Phase.DECODE, elsewhere=(1, 2)), ZERO)
+    begin = in_flight.start(Team(0), ZERO)
+    assert begin is not None and in_flight.start(Team(1), ZERO) is None
+    in_flight.finish(begin, ZERO)
+    parts = [in_flight.start(Team(team), ZERO) for team in range(3)]
+    for part in parts:
+        assert part is not None and part.parts == 3
+        assert in_flight.start(Team(0), ZERO) is None
+        in_flight.finish(part, ZERO)
+    end = in_flight.start(Team(0), ZERO)
+    assert end is not None and end.piece is Piece.END
+
+
+def test_what_is_left_of_a_half_in_pieces_comes_first_and_is_one_task_to_a_token() -> None:
+    """A prefill's half has begun when a late token comes: the token waits for all of it, and for nothing more."""
+    in_flight = InFlight(THREE, lambda _: 4)
+    in_flight.submit(grant(0, Phase.PREFILL, chooses=False, elsewhere=(1,)), ZERO)
+    begin = in_flight.start(Team(0), ZERO)
+    assert begin is not None
+    in_flight.finish(begin, Nanoseconds(5))
+    in_flight.submit(grant(1, Phase.DECODE), Nanoseconds(5))
+    order = pieces(in_flight, 2)
+    assert [piece for _, _, piece, *_ in order[:3]] == [Piece.PART, Piece.PART, Piece.END]
+    decode, chunk = order[3:12], order[12:]
+    assert len(decode) == 9 and all(piece is Piece.WHOLE for _, _, piece, *_ in decode)
+    assert chunk[0] == (0, Half.FFN, Piece.WHOLE, 0, 0)
 
 
 def test_a_cancelled_row_ends_the_micro_batch_at_the_next_boundary() -> None:

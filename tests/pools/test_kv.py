@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from crosspool.core.errors import InvariantError
 from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex
 from crosspool.core.kv_layout import make_layout
 from crosspool.pools.kv import KvPool
@@ -93,10 +94,54 @@ def test_a_windowed_model_is_longer_than_its_pages() -> None:
     assert most > 30 * 16 // 2
 
 
-def test_devices_are_separate() -> None:
+def test_pages_come_from_home_as_long_as_it_has_some() -> None:
+    pool = make_pool(5, devices=3)
+    home = KvDevice(1)
+    table, other = pool.open(PLAIN, home), pool.open(PLAIN, KvDevice(2))
+    assert pool.grow(other, 16) and pool.grow(table, 32)
+    assert (table.held_on, table.elsewhere) == ([0, 4, 0], [])
+    assert pool.grow(table, 64)
+    assert (table.held_on, table.elsewhere) == ([3, 5, 0], [0]), "the one with most free pages lends them"
+    assert pool.grow(table, 6 * 16) and table.elsewhere == [0, 2]
+    before = table.snapshot()
+    assert not pool.grow(table, 6 * 16 + 1) and table.snapshot() == before and pool.free == 1
+    pool.check([table, other])
+    pool.release(table)
+    assert [pool.free_on(device) for device in pool.devices] == [5, 5, 3]
+    assert table.elsewhere == []
+    pool.check([other])
+
+
+def test_one_sequence_can_have_every_page_of_every_device() -> None:
+    for pages, devices in ((3, 2), (7, 3), (20, 2)):
+        pool = make_pool(pages, devices=devices)
+        for model in (PLAIN, LATENT):
+            most = pool.most_tokens(model)
+            table = pool.open(model, KvDevice(devices - 1))
+            assert pool.grow(table, most) and not pool.grow(table, most + 1)
+            assert pool.free < len(table.groups), "less than a chunk is left"
+            pool.check([table])
+            pool.release(table)
+
+
+def test_trimmed_pages_go_back_to_their_devices() -> None:
     pool = make_pool(4, devices=2)
-    tables = [pool.open(PLAIN, device) for device in pool.devices]
-    assert pool.grow(tables[0], 32) and not pool.grow(tables[0], 33)
-    assert (pool.free_on(KvDevice(0)), pool.free_on(KvDevice(1))) == (0, 4)
-    assert pool.grow(tables[1], 32)
-    pool.check(tables)
+    table, position = pool.open(WINDOWED, KvDevice(0)), 0
+    spread = set()
+    while position < pool.most_tokens(WINDOWED):
+        position += 16
+        assert pool.grow(table, position)
+        pool.trim(table, position)
+        pool.check([table])
+        spread.add(tuple(table.elsewhere))
+    assert spread == {(), (1,)}
+    assert table.held_on[0] + table.held_on[1] == table.pages
+
+
+def test_a_page_counted_on_another_device_is_found() -> None:
+    pool = make_pool(4, devices=2)
+    table = pool.open(PLAIN, KvDevice(0))
+    assert pool.grow(table, 48)
+    table.held_on.reverse()
+    with pytest.raises(InvariantError, match="counts"):
+        pool.check([table])

@@ -30,3 +30,4 @@ def test_the_lives_go_everywhere(lives: list[Life]) -> None:
     assert sum(life.preemptions > 0 for life in lives) >= 0.3 * SEEDS
     assert sum(life.aborted_in_prefill > 0 for life in lives) >= 0.3 * SEEDS
     assert sum(life.failures > 0 for life in lives) > 0
+    assert sum(life.spread > 0 for life in lives) >= 0.3 * SEEDS

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.backend
 @pytest.mark.parametrize("model", [GQA, MLA])
 def test_every_placement_makes_the_same_tokens(models, expected, model, placement, resident):
     with rig(*models, resident=resident, **PLACEMENTS[placement]) as it:
-        devices = len(it.arenas)
+        devices = len(it.places.devices)
         for device in range(devices):
             sequences = [it.sequence(prompt, 24, model=model, device=device) for prompt in PROMPTS]
             assert it.run(*sequences) == expected[model]

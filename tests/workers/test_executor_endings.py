@@ -137,7 +137,7 @@ def test_nan_logits_fail_the_micro_batch(models, caplog, resident):
         sequence = it.sequence(PROMPTS[0], 4)
         it.finish(it.grant(Phase.PREFILL, [(sequence, 2, 0)]))
         for pages in sequence.pages:
-            it.arenas[0][list(pages)] = 255  # not a number
+            it.arena[list(pages)] = 255  # not a number
         (retired,) = it.finish(it.grant(Phase.PREFILL, [(sequence, 1, 1)]))
         assert retired.error and sequence.output == []
 

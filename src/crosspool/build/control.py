@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from crosspool.core.config import EngineConfig
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import ModelIndex, Nanoseconds
 from crosspool.core.info import EngineInfo, ModelInfo
@@ -32,8 +33,13 @@ class PoolPlan:
     layouts: tuple[KvLayout, ...]
 
     @property
+    def places(self) -> DevicePages:
+        """Which page is on which KV device."""
+        return DevicePages.of([self.pages_per_device] * self.kv_devices)
+
+    @property
     def kv_pool_bytes(self) -> int:
-        return self.page_bytes * self.pages_per_device * self.kv_devices
+        return self.page_bytes * self.places.total
 
 
 def plan_pools(config: EngineConfig, specs: Sequence[ModelSpec], available_bytes: int) -> PoolPlan:

@@ -46,7 +46,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     sources = _open_models(config, errors, report)
     # All CPU devices have the host's memory together.
     plan = plan_pools(config, [source.spec for source in sources], backends[0].free_bytes)
-    arenas = _allocate(topology, backends, plan)
+    arena = _allocate(topology, backends, plan)
     workers = make_workers(config, backends)
     loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), workers, report)
     for source, layout in zip(sources, plan.layouts, strict=True):
@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         if error is not None:
             errors[source.index] = error
     _require_any(config, loader.specs, errors)
-    executor = workers.start(arenas, partial(_report_compiling, report))
+    executor = workers.start(arena, plan.places, partial(_report_compiling, report))
     reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
         ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
@@ -119,10 +119,9 @@ def _shown(error: str, model: ModelConfig) -> str:
     return error.replace(f"{Path(model.path).absolute().parent}/", "")
 
 
-def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan) -> list[Tensor]:
-    """One arena per KV device."""
-    teams = [topology.attention_team(KvDevice(device)) for device in range(len(topology.kv_devices))]
-    return [backends[team].new_arena(plan.pages_per_device, plan.page_bytes) for team in teams]
+def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan) -> Tensor:
+    """The KV pool: one arena of the pages of all KV devices, which share an address space."""
+    return backends[topology.attention_team(KvDevice(0))].new_arena(plan.places.total, plan.page_bytes)
 
 
 class _Loader:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crosspool.backends.base import Backend, WeightsArena
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
@@ -50,8 +51,8 @@ class Workers(Protocol):
         """Forget whatever was put of a model."""
         ...
 
-    def start(self, arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
-        """``arenas`` in the order of the topology's KV devices."""
+    def start(self, arena: Tensor, places: DevicePages, compiling: Compiling) -> Executor:
+        """``arena`` has the pages of all KV devices, as ``places`` says."""
         ...
 
 
@@ -106,12 +107,13 @@ class CompiledWorkers:
         self._models.pop(model, None)
         self._arenas = {key: arena for key, arena in self._arenas.items() if key[0] != model}
 
-    def start(self, arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
+    def start(self, arena: Tensor, places: DevicePages, compiling: Compiling) -> Executor:
         limits = self._config.scheduler
         return ResidentExecutor(
             self._config.topology,
             self._backends,
-            arenas,
+            arena,
+            places,
             self._models,
             most_tokens=max(limits.max_chunk_tokens, limits.max_batch_rows),
             most_rows=max(limits.max_batch_rows, limits.max_prefill_rows),
@@ -172,12 +174,12 @@ class ReferenceWorkers:
         for table in self._tables:
             table.remove(model)
 
-    def start(self, arenas: Sequence[Tensor], compiling: Compiling) -> Executor:
+    def start(self, arena: Tensor, places: DevicePages, compiling: Compiling) -> Executor:
         layers: Mapping[ModelIndex, int] = {model: spec.num_layers for model, spec in self._specs.items()}
         return ThreadedExecutor(
             self._topology,
             self._backends,
-            [AttentionWorker(sides, arena) for sides, arena in zip(self._sides, arenas, strict=True)],
+            [AttentionWorker(sides, arena) for sides in self._sides],
             [FfnWorker(table) for table in self._tables],
             layers,
             MonotonicClock(),

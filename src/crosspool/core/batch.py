@@ -25,6 +25,26 @@ class Half(IntEnum):
     FFN = 1
 
 
+class Piece(IntEnum):
+    """What of an attention half a task is: all of it, or, where rows have pages on several KV devices, its begin
+    at home, one device's part of the context, or its end at home."""
+
+    WHOLE = 0
+    BEGIN = 1
+    PART = 2
+    END = 3
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing of its half comes before it."""
+        return self in (Piece.WHOLE, Piece.BEGIN)
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing of its half comes after it."""
+        return self in (Piece.WHOLE, Piece.END)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
     """How one row's next token is chosen and when the row stops.
@@ -70,7 +90,8 @@ class Grant:
     has stopped or used its steps. Times are on the engine's clock and feed the order rule (core/pick.py):
     ``start_by`` is the latest time at which the first pass may begin and still be in time; for a later pass
     it is the time of the token before plus ``interval``. ``layer_cost`` is the predicted time of one layer
-    task of this micro-batch.
+    task of this micro-batch. ``kv_device`` is the home of its rows, where their attention side runs;
+    ``elsewhere`` are the other devices, in order, that hold pages of some row (most grants have none).
     """
 
     id: GrantId
@@ -82,6 +103,7 @@ class Grant:
     start_by: Nanoseconds
     interval: Nanoseconds
     layer_cost: Nanoseconds
+    elsewhere: tuple[KvDevice, ...] = ()
 
 
 class TokenEvent(NamedTuple):

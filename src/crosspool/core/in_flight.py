@@ -3,6 +3,10 @@
 A pure state machine over integers, without threads or tensors. The real executor drives it under a lock, the
 simulator in virtual time. Each pass of a micro-batch is: attention and FFN of layer 0, of layer 1, ..., and
 last the head (final norm, LM head, token choice) on the attention side.
+
+If rows have pages on other devices than their home, each attention half is three tasks: its begin at home,
+a part of the context on every device that has some, and its end at home. To the order rule these are one task:
+once it has begun, what is left of it comes first.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from crosspool.core.batch import Grant, Half, Phase
+from crosspool.core.batch import Grant, Half, Phase, Piece
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.pick import NOTHING, delays, pick
@@ -22,7 +26,8 @@ class LayerTask:
     """One half of one layer of one micro-batch, or one device's share of it.
 
     ``layer`` equal to the model's number of layers is the head. ``part`` counts the devices that share an FFN
-    (``parts`` of them, in the order in which their partial results are added).
+    (``parts`` of them, in the order in which their partial results are added), or the context of an attention
+    half's PART (the home first).
     """
 
     grant: GrantId
@@ -32,6 +37,7 @@ class LayerTask:
     team: Team
     part: int
     parts: int
+    piece: Piece = Piece.WHOLE
 
 
 @dataclass(slots=True)
@@ -49,6 +55,7 @@ class MicroBatch:
     step: int = 0
     layer: int = 0
     half: Half = Half.ATTENTION
+    piece: Piece = Piece.WHOLE
     passed: int = 0
     unstarted: dict[Team, int] = field(default_factory=dict)
     parts: int = 1
@@ -59,6 +66,11 @@ class MicroBatch:
     @property
     def decoding(self) -> bool:
         return self.grant.phase is Phase.DECODE
+
+    @property
+    def begun(self) -> bool:
+        """Whether some of the current layer task has been done, or runs."""
+        return len(self.unstarted) < self.parts or not self.piece.begins
 
 
 class InFlight:
@@ -92,6 +104,7 @@ class InFlight:
             raise InvariantError(f"grant {grant.id} is already in flight")
         batch = MicroBatch(grant, grant.start_by, {row.request for row in grant.rows})
         batch.passed = self._already_passed(batch)
+        batch.piece = self._first_piece(batch)
         self._batches[grant.id] = batch
         self._enter(batch)
 
@@ -116,7 +129,7 @@ class InFlight:
         if not any(ready):
             return None
         for batch, here in zip(batches, ready, strict=True):
-            if here and len(batch.unstarted) < batch.parts:
+            if here and batch.begun:
                 return self._begin(batch, team)
         chosen = pick(
             ready,
@@ -144,7 +157,8 @@ class InFlight:
         batch.alive.difference_update(ended)
         if batch.unstarted or batch.running:
             return False
-        self._chunks_running.pop(task.grant, None)
+        if batch.failed or batch.piece.ends:
+            self._chunks_running.pop(task.grant, None)
         if not batch.failed:
             step = batch.step
             self._advance(batch, now)
@@ -168,7 +182,9 @@ class InFlight:
     def _begin(self, batch: MicroBatch, team: Team) -> LayerTask:
         part = batch.unstarted.pop(team)
         batch.running += 1
-        return LayerTask(batch.grant.id, batch.step, batch.layer, batch.half, team, part, batch.parts)
+        return LayerTask(
+            batch.grant.id, batch.step, batch.layer, batch.half, team, part, batch.parts, batch.piece
+        )
 
     def _note_chunk(self, batch: MicroBatch, batches: Sequence[MicroBatch], now: int) -> None:
         cost = batch.grant.layer_cost
@@ -187,20 +203,33 @@ class InFlight:
         if batch.layer == layers:
             batch.step += 1
             batch.layer = 0
+            batch.piece = self._first_piece(batch)
             batch.start_by = now + batch.grant.interval
             batch.passed = self._already_passed(batch)
+        elif not batch.piece.ends:
+            batch.piece = Piece(batch.piece + 1)
         elif batch.half is Half.ATTENTION:
-            batch.half = Half.FFN
+            batch.half, batch.piece = Half.FFN, Piece.WHOLE
         else:
             batch.half = Half.ATTENTION
             batch.layer += 1
+            batch.piece = self._first_piece(batch)
             if batch.layer == layers and not any(row.choice for row in batch.grant.rows):
                 batch.step += 1
 
+    def _first_piece(self, batch: MicroBatch) -> Piece:
+        """Of the attention half that comes next, or of the head."""
+        is_head = batch.layer == self._layers(batch.grant.model)
+        return Piece.BEGIN if batch.grant.elsewhere and not is_head else Piece.WHOLE
+
     def _enter(self, batch: MicroBatch) -> None:
         """Offer the tasks of the current layer half to the teams that run it."""
-        if batch.half is Half.ATTENTION:
-            batch.unstarted = {self._attention_teams[batch.grant.kv_device]: 0}
+        grant = batch.grant
+        if batch.piece is Piece.PART:
+            homes = (grant.kv_device, *grant.elsewhere)
+            batch.unstarted = {self._attention_teams[device]: part for part, device in enumerate(homes)}
+        elif batch.half is Half.ATTENTION:
+            batch.unstarted = {self._attention_teams[grant.kv_device]: 0}
         else:
             devices = self._topology.ffn_devices(batch.layer)
             batch.unstarted = {self._weights_teams[device]: part for part, device in enumerate(devices)}

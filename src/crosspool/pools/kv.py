@@ -1,10 +1,12 @@
-"""The KV virtualizer: maps each sequence's positions to pages of a KV device, for all models at once."""
+"""The KV virtualizer: maps each sequence's positions to pages of the KV devices, for all models at once."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex, PageId
 from crosspool.core.kv_layout import KvLayout
@@ -15,7 +17,8 @@ from crosspool.pools.pages import PageAllocator
 class PageTable:
     """One sequence's pages: ``groups[g][i]`` holds chunk i of layer group g, NULL_PAGE if given back.
 
-    ``kept_from[g]`` is the first chunk not given back, ``pages`` the number of pages held over all groups.
+    ``device`` is its home, from which its pages come as long as it has some. ``kept_from[g]`` is the first
+    chunk not given back, ``held_on`` the number of pages held on each device, over all groups.
     """
 
     model: ModelIndex
@@ -23,8 +26,18 @@ class PageTable:
     layout: KvLayout
     groups: list[list[PageId]]
     kept_from: list[int]
-    pages: int = 0
+    held_on: list[int]
     _snapshot: tuple[tuple[PageId, ...], ...] | None = field(default=None, repr=False)
+
+    @property
+    def pages(self) -> int:
+        """Number of pages held."""
+        return sum(self.held_on)
+
+    @property
+    def elsewhere(self) -> list[KvDevice]:
+        """The devices other than its home where it holds pages, in order."""
+        return [KvDevice(d) for d, held in enumerate(self.held_on) if held and d != self.device]
 
     @property
     def chunks(self) -> int:
@@ -66,26 +79,31 @@ class KvPool:
         step_tokens: int,
     ) -> None:
         self._layouts = dict(layouts)
-        self._allocators = [PageAllocator(pages_per_device) for _ in range(devices)]
+        self._allocator = PageAllocator(*[pages_per_device] * devices)
         self.releases = 0
         self._held_by_model = dict.fromkeys(self._layouts, 0)
         self._step_tokens = step_tokens
         self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
 
     @property
-    def devices(self) -> list[KvDevice]:
-        return [KvDevice(index) for index in range(len(self._allocators))]
+    def places(self) -> DevicePages:
+        """Which page is on which device."""
+        return self._allocator.places
+
+    @property
+    def devices(self) -> tuple[KvDevice, ...]:
+        return self.places.devices
 
     @property
     def total(self) -> int:
-        return sum(allocator.total for allocator in self._allocators)
+        return self._allocator.total
 
     @property
     def free(self) -> int:
-        return sum(allocator.free for allocator in self._allocators)
+        return self._allocator.free
 
     def free_on(self, device: KvDevice) -> int:
-        return self._allocators[device].free
+        return self._allocator.free_on(device)
 
     def held_by(self, model: ModelIndex) -> int:
         """Pages that this model's sequences hold now."""
@@ -107,31 +125,33 @@ class KvPool:
         return pages
 
     def most_tokens(self, model: ModelIndex) -> int:
-        """The longest sequence of this model that a whole KV device can hold."""
+        """The longest sequence of this model that the whole pool, all its devices together, can hold."""
         return self._most_tokens[model]
 
     def open(self, model: ModelIndex, device: KvDevice) -> PageTable:
-        """An empty page table. It holds nothing until it grows."""
+        """An empty page table with this home. It holds nothing until it grows."""
         layout = self._layouts[model]
-        return PageTable(model, device, layout, [[] for _ in layout.groups], [0] * len(layout.groups))
+        groups: list[list[PageId]] = [[] for _ in layout.groups]
+        return PageTable(model, device, layout, groups, [0] * len(groups), [0] * len(self.devices))
 
     def missing(self, table: PageTable, tokens: int) -> int:
         """Pages that the table lacks to hold ``tokens`` tokens."""
         return max(0, table.layout.chunks(tokens) - table.chunks) * len(table.groups)
 
     def grow(self, table: PageTable, tokens: int) -> bool:
-        """Give the table a place for every position below ``tokens``: all of the pages it lacks, or none."""
+        """Give the table a place for every position below ``tokens``: all of the pages it lacks, or none.
+
+        They come from its home; what that lacks, from other devices. A chunk's pages are taken together.
+        """
         missing = self.missing(table, tokens)
         if missing == 0:
             return True
-        pages = self._allocators[table.device].allocate(missing)
+        pages = self._allocator.allocate(missing, table.device)
         if pages is None:
             return False
-        share = missing // len(table.groups)
         for index, group in enumerate(table.groups):
-            group.extend(pages[index * share : (index + 1) * share])
-        self._held_by_model[table.model] += missing
-        table.pages += missing
+            group.extend(pages[index :: len(table.groups)])
+        self._count(table, pages, 1)
         table.changed()
         return True
 
@@ -160,27 +180,34 @@ class KvPool:
 
     def check(self, tables: Iterable[PageTable]) -> None:
         """Raise InvariantError unless free and held pages are exactly all pages, by device and by model."""
-        held: list[list[PageId]] = [[] for _ in self._allocators]
+        held: list[PageId] = []
         by_model = dict.fromkeys(self._layouts, 0)
         for table in tables:
-            before = len(held[table.device])
-            held[table.device].extend(table.held())
-            if table.pages != len(held[table.device]) - before:
-                raise InvariantError(f"a table of model {table.model} counts {table.pages} pages wrongly")
+            own = Counter(map(self.places.device_of, table.held()))
+            if table.held_on != [own[device] for device in self.devices]:
+                raise InvariantError(f"a table of model {table.model} counts {table.held_on} pages, not {own}")
+            held.extend(table.held())
             by_model[table.model] += table.pages
-        for allocator, pages in zip(self._allocators, held, strict=True):
-            allocator.check(pages)
+        self._allocator.check(held)
         if by_model != self._held_by_model:
             raise InvariantError(f"pages by model are {by_model}, but {self._held_by_model} was counted")
 
     def _give_back(self, table: PageTable, pages: list[PageId]) -> None:
-        self._allocators[table.device].release(pages)
-        self._held_by_model[table.model] -= len(pages)
-        table.pages -= len(pages)
+        self._allocator.release(pages)
+        self._count(table, pages, -1)
+
+    def _count(self, table: PageTable, pages: list[PageId], sign: int) -> None:
+        """The table has taken these pages (1) or given them back (-1)."""
+        self._held_by_model[table.model] += sign * len(pages)
+        if len(self.devices) == 1:
+            table.held_on[0] += sign * len(pages)
+            return
+        for page in pages:
+            table.held_on[self.places.device_of(page)] += sign
 
     def _find_most_tokens(self, model: ModelIndex) -> int:
-        """Largest multiple of tokens_per_page whose pages fit one device (binary search: it is monotonic)."""
-        layout, pages = self._layouts[model], self._allocators[0].total
+        """Largest multiple of tokens_per_page whose pages fit the pool (binary search: it is monotonic)."""
+        layout, pages = self._layouts[model], self.total
         unbounded = all(group.window is not None for group in layout.groups)
         low, high = 0, pages * (1 << 20 if unbounded else 1)
         while low < high:

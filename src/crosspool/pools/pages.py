@@ -1,37 +1,51 @@
-"""The pages of one KV device: a free list and a reference count each."""
+"""The pages of the KV pool: a free list for each device, and a reference count for each page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import PageId
+from crosspool.core.ids import KvDevice, PageId
 
 
 class PageAllocator:
-    """Hands out equal pages of one arena. A page belongs to no model.
+    """Hands out equal pages, ``counts`` of them on each KV device. A page belongs to no model.
 
     A page is free, or held by at least one table. Pages given back last are given out first, because their
     memory is most likely still mapped and in cache.
     """
 
-    def __init__(self, num_pages: int) -> None:
-        self.total = num_pages
-        self._free = [PageId(page) for page in range(num_pages - 1, -1, -1)]
-        self._references = [0] * num_pages
+    def __init__(self, *counts: int) -> None:
+        self.places = DevicePages.of(counts)
+        self._free = [
+            [PageId(page) for page in reversed(self.places.pages_of(device))]
+            for device in self.places.devices
+        ]
+        self._references = [0] * self.places.total
+
+    @property
+    def total(self) -> int:
+        return self.places.total
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return sum(map(len, self._free))
 
-    def allocate(self, count: int) -> list[PageId] | None:
-        """``count`` pages with one reference each, or None (and nothing taken) if there are not so many."""
-        if count > len(self._free):
+    def free_on(self, device: KvDevice) -> int:
+        return len(self._free[device])
+
+    def allocate(self, count: int, home: KvDevice = KvDevice(0)) -> list[PageId] | None:
+        """``count`` pages with one reference each, or None (and nothing taken) if there are not so many.
+
+        They are of device ``home``; what it lacks, of the others, from that with most free pages on.
+        """
+        if count > self.free:
             return None
-        if count == 0:
-            return []
-        pages = self._free[-count:]
-        del self._free[-count:]
+        pages = self._take(home, count)
+        while len(pages) < count:
+            fullest = max(self.places.devices, key=self.free_on)
+            pages += self._take(fullest, count - len(pages))
         for page in pages:
             self._references[page] = 1
         return pages
@@ -48,17 +62,18 @@ class PageAllocator:
 
         Raises InvariantError for a page that nobody holds.
         """
-        references, free = self._references, self._free
+        references, device_of = self._references, self.places.device_of
         for page in pages:
             left = references[page] - 1
             if left < 0:
                 raise InvariantError(f"page {page} is released but nobody holds it")
             references[page] = left
             if left == 0:
-                free.append(page)
+                self._free[device_of(page)].append(page)
 
     def check(self, held: Iterable[PageId]) -> None:
-        """Raise InvariantError unless ``held`` (repeats for shared pages) and the free list are all pages."""
+        """Raise InvariantError unless ``held`` (repeats for shared pages) and the free lists are all pages, each
+        free one in its device's list."""
         counts = [0] * self.total
         for page in held:
             counts[page] += 1
@@ -67,8 +82,23 @@ class PageAllocator:
             raise InvariantError(
                 f"page {wrong} is in {counts[wrong]} tables but has {self._references[wrong]} references"
             )
-        if len(set(self._free)) != len(self._free) or any(self._references[page] for page in self._free):
-            raise InvariantError("the free list holds a page twice, or one that is in use")
-        in_use = sum(1 for references in self._references if references)
-        if in_use + len(self._free) != self.total:
-            raise InvariantError(f"{self.total} pages, but {in_use} in use and {len(self._free)} free")
+        for device in self.places.devices:
+            self._check_device(device)
+
+    def _check_device(self, device: KvDevice) -> None:
+        pages, free = self.places.pages_of(device), self._free[device]
+        if len(set(free)) != len(free) or any(self._references[page] for page in free):
+            raise InvariantError(f"the free list of KV device {device} holds a page twice, or one in use")
+        in_use = sum(1 for page in pages if self._references[page])
+        if in_use + len(free) != len(pages) or not all(page in pages for page in free):
+            raise InvariantError(
+                f"KV device {device} has {len(pages)} pages, but {in_use} are in use and {len(free)} are free"
+            )
+
+    def _take(self, device: KvDevice, count: int) -> list[PageId]:
+        """Up to ``count`` of a device's free pages."""
+        free = self._free[device]
+        begin = max(0, len(free) - count)
+        pages = free[begin:]
+        del free[begin:]
+        return pages

@@ -17,7 +17,7 @@ AGED_AFTER = 4
 
 @dataclass(slots=True)
 class _Demand:
-    """Pages of one device that running sequences are sure to want soon, and how many sequences run there."""
+    """Pages of one device that sequences which run there are sure to want soon, and how many these are."""
 
     free: int
     wanted: int = 0
@@ -65,11 +65,12 @@ class Admission:
     def admit(self, running: Iterable[Sequence], now: Nanoseconds) -> list[Sequence]:
         """Give a page table to every waiting sequence that may start now; it grows with the first chunk.
 
-        A sequence may start where, beside all that running sequences still lack for their known tokens and
-        one more chunk each, the pages of its own known tokens are free. The pages themselves are reserved
-        chunk by chunk. On a device where nothing runs it may start in any case: it fits the pool, or it
-        would have been refused. What running sequences take later has been counted here, so whoever did not
-        fit is tried again only when pages have been given back.
+        A sequence may start if, beside all that running sequences still lack for their known tokens and one
+        more chunk each, the pages of its own known tokens are free, on all devices together: where its home
+        lacks some, it takes those of others. The pages themselves are reserved chunk by chunk. Where nothing
+        runs at all it may start in any case: it fits the pool, or it would have been refused. What running
+        sequences take later has been counted here, so whoever did not fit is tried again only when pages have
+        been given back.
         """
         if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
@@ -106,16 +107,14 @@ class Admission:
         return demands
 
     def _place(self, sequence: Sequence, demands: list[_Demand]) -> KvDevice | None:
-        """The KV device with most pages to spare, if the sequence may start there."""
-        best = max(range(len(demands)), key=lambda index: (demands[index].spare, -index))
-        demand = demands[best]
-        if sum(d.running for d in demands) >= self._max_running:
+        """Its home, if the sequence may start: the KV device with most pages to spare."""
+        running = sum(demand.running for demand in demands)
+        if running >= self._max_running:
             return None
         needed = self._pool.pages_for(sequence.request.model, sequence.known + 1)
-        idle = next((index for index, d in enumerate(demands) if d.running == 0), None)
-        if needed <= demand.spare:
-            return KvDevice(best)
-        return None if idle is None else KvDevice(idle)
+        if running and needed > sum(demand.spare for demand in demands):
+            return None
+        return KvDevice(max(range(len(demands)), key=lambda index: (demands[index].spare, -index)))
 
     def _wants(self, sequence: Sequence) -> int:
         """Pages still lacking for the known tokens, and one chunk to grow."""

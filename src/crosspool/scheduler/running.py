@@ -40,16 +40,10 @@ class RunningSequences:
         return sequence.request.id in self._stalled
 
     def stalls_before(self, sequence: Sequence) -> bool:
-        """Whether a sequence that is due earlier waits for pages of the device where this one holds some."""
+        """Whether a sequence that is due earlier waits for pages, of which this one may hold some."""
         if sequence.table is None:
             return False
-        waiting = (self._sequences[request] for request in self._stalled)
-        return any(
-            other.table is not None
-            and other.table.device == sequence.table.device
-            and other.order < sequence.order
-            for other in waiting
-        )
+        return any(self._sequences[request].order < sequence.order for request in self._stalled)
 
     def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""
@@ -88,16 +82,11 @@ class RunningSequences:
         return True
 
     def _latest_after(self, sequence: Sequence) -> Sequence | None:
-        """The sequence of latest deadline that holds pages there, is not in flight, and is due later."""
-        assert sequence.table is not None
-        device = sequence.table.device
+        """The sequence of latest deadline that holds pages, is not in flight, and is due later: pages of any
+        device will do."""
         later = (
             other
             for other in self._sequences.values()
-            if other.idle
-            and other.order > sequence.order
-            and other.table is not None
-            and other.table.device == device
-            and other.table.pages
+            if other.idle and other.order > sequence.order and other.table is not None and other.table.pages
         )
         return max(later, key=lambda s: s.order, default=None)

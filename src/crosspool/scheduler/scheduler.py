@@ -199,6 +199,8 @@ class Scheduler:
         times: Times,
     ) -> Grant:
         model, device, phase = lane
+        members = list(sequences)
+        elsewhere = {other for s in members if s.table is not None for other in s.table.elsewhere}
         grant = Grant(
             GrantId(next(self._ids)),
             model,
@@ -209,8 +211,9 @@ class Scheduler:
             times.start_by,
             times.interval,
             times.layer_cost,
+            tuple(sorted(elsewhere)),
         )
-        for sequence in sequences:
+        for sequence in members:
             sequence.grant = grant.id
         self._grants[grant.id] = grant
         self._in_lane[lane] += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from crosspool.core.batch import Event, Grant, Half, Phase, RetiredEvent, Row, TokenEvent, row_after
+from crosspool.core.batch import Event, Grant, Half, Phase, Piece, RetiredEvent, Row, TokenEvent, row_after
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight, LayerTask
 from crosspool.core.spec import ModelSpec
@@ -40,6 +40,13 @@ class _Progress:
     made: dict[RequestId, list[int]] = field(default_factory=dict)
     time: list[int] = field(default_factory=lambda: [0, 0])
     tasks: list[int] = field(default_factory=lambda: [0, 0])
+
+    def note(self, task: LayerTask, time: int) -> None:
+        """Of an attention half in pieces, the time at home counts."""
+        if task.piece is Piece.PART and task.part > 0:
+            return
+        self.time[task.half] += time
+        self.tasks[task.half] += task.piece.begins
 
 
 class SimExecutor:
@@ -132,8 +139,7 @@ class SimExecutor:
         now, progress = self._clock.now(), self._progress[task.grant]
         time = int(self._time(task, progress.grant) * self._speed())
         if task.layer < self._specs[progress.grant.model].num_layers:
-            progress.time[task.half] += time
-            progress.tasks[task.half] += 1
+            progress.note(task, time)
         self._busy.add(task.team)
         heapq.heappush(self._ends, (now + time, next(self._sequence), task))
         if self._watch is not None:
@@ -143,6 +149,8 @@ class SimExecutor:
         costs = self._costs[grant.model]
         if task.layer == costs.spec.num_layers:
             return costs.head(sum(1 for row in grant.rows if row.choice is not None))
+        if task.piece in (Piece.BEGIN, Piece.END):
+            return costs.profile.task_overhead
         prefill = grant.phase is Phase.PREFILL
         work = costs.work((row.start + task.step, len(row.tokens) if prefill else 1) for row in grant.rows)
         return costs.half(task.half, work) // task.parts

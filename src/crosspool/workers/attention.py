@@ -18,7 +18,7 @@ from crosspool.workers.grant_state import ActiveRow, GrantState
 class AttentionWorker:
     """Runs the attention side of every model where the KV is.
 
-    ``arena`` is uint8 [num_pages, page_bytes]: the pages of one KV device, shared by all models.
+    ``arena`` is uint8 [num_pages, page_bytes]: the pages of all KV devices, shared by all models.
     """
 
     def __init__(self, sides: Mapping[ModelIndex, AttentionSide], arena: Tensor) -> None:

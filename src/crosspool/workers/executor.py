@@ -177,7 +177,7 @@ class ThreadedExecutor:
             _log.exception("%s of layer %d of model %d failed", task.half.name, task.layer, state.grant.model)
         end = self._clock.now()
         with self._lock:
-            if task.layer < self._layers[state.grant.model]:
+            if task.layer < self._layers[state.grant.model] and task.piece.ends:
                 state.times[task.half].add(end - begin)
             if failed:
                 state.error = FAILED
@@ -197,7 +197,9 @@ class ThreadedExecutor:
         worker = self._attention[grant.kv_device]
         if task.layer == self._layers[grant.model]:
             return worker.head(state)
-        worker.attention(state, task.layer)
+        if task.piece.ends:
+            # One arena has the pages of all devices: the home computes a half that is in pieces by itself.
+            worker.attention(state, task.layer)
         return ()
 
     def _put_out(self, chosen: Chosen, state: GrantState) -> list[RequestId]:

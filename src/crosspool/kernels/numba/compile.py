@@ -21,7 +21,7 @@ from crosspool.kernels.numba.sources import digest_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-ENTRY_ARGUMENTS = 8
+ENTRY_ARGUMENTS = 9
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 

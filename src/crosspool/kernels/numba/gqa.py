@@ -13,7 +13,7 @@ from crosspool.kernels.numba.attention import (
     attention_mine_bytes,
     attention_room_bytes,
 )
-from crosspool.kernels.numba.attention_block import AttentionShape
+from crosspool.kernels.numba.attention_block import AttentionShape, state_bytes
 from crosspool.kernels.numba.attention_parts import (
     ADDS,
     CACHE_LINE,
@@ -23,6 +23,7 @@ from crosspool.kernels.numba.attention_parts import (
     project_all,
     rotate_piece,
 )
+from crosspool.kernels.numba.attention_spread import attend_part, merge_parts, spread_mine_bytes
 from crosspool.kernels.numba.batch import position_of, region_of
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import FLOAT32, element_bytes
@@ -93,13 +94,21 @@ def _shape(fields, dtype, tokens_per_page):
 
 def gqa_room_bytes(fields: np.ndarray, tokens: int) -> int:
     """Scratch shared by the team, for passes of up to ``tokens`` tokens in any model dtype."""
+    return gqa_spread_room_bytes(fields, tokens, 0) + attention_room_bytes(_shape(fields, FLOAT32, 1))
+
+
+def gqa_spread_room_bytes(fields: np.ndarray, tokens: int, states: int) -> int:
+    """Room of a pass that is spread over devices, of up to ``tokens`` tokens, where that of ``states`` pairs of
+    a query and a block is kept."""
     kept = int(_room(0, fields, tokens, FLOAT32).kept)
-    return CACHE_LINE + kept + attention_room_bytes(_shape(fields, FLOAT32, 1))
+    shape = _shape(fields, FLOAT32, 1)
+    return CACHE_LINE + kept + states * shape.heads * int(state_bytes(shape))
 
 
 def gqa_mine_bytes(fields: np.ndarray, rows: int) -> int:
     """Scratch of each thread, for passes of up to ``rows`` rows."""
-    return int(fields[SCRATCH]) + attention_mine_bytes(_shape(fields, FLOAT32, 1), rows)
+    shape = _shape(fields, FLOAT32, 1)
+    return int(fields[SCRATCH]) + max(attention_mine_bytes(shape, rows), spread_mine_bytes(shape, rows))
 
 
 @kernel
@@ -120,6 +129,36 @@ def gqa_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
         _merge(shared, own, shape, batch, kv, places, kept)
     output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
     project_all(shared, own, output, bias, places.attended, batch, hidden, ADDS, mine)
+
+
+@kernel
+def gqa_begin(shared, own, fields, normed, batch, kv, room, mine):
+    """All threads at home: the begin of a half that is spread over devices. The pass's keys and values are in
+    their pages then, and its queries in ``room``, which is the pass's own, see gqa_spread_room_bytes."""
+    places, shape = _room(room, fields, batch.queries, batch.dtype), _shape(fields, batch.dtype, kv.tokens_per_page)
+    _project(shared, own, fields, normed, batch, places, mine)
+    _prepare(shared, own, fields, shape, batch, kv, places, mine)
+
+
+@kernel
+def gqa_part(shared, own, fields, batch, kv, spread, part, room, mine):
+    """All threads of one device: its part of the context, for the queries of a round."""
+    places, shape = _room(room, fields, batch.queries, batch.dtype), _shape(fields, batch.dtype, kv.tokens_per_page)
+    attend_part(
+        shared, own, shape, batch, kv, spread, part, places.query, places.kept, mine + fields[SCRATCH]
+    )
+
+
+@kernel
+def gqa_end(shared, own, fields, batch, kv, spread, room, mine, hidden):
+    """All threads at home: merge a round, and after the last one add the half's result to ``hidden``."""
+    places, shape = _room(room, fields, batch.queries, batch.dtype), _shape(fields, batch.dtype, kv.tokens_per_page)
+    merge_parts(
+        shared, own, shape, batch, kv, spread, places.kept, mine + fields[SCRATCH], places.attended
+    )
+    if spread.round == spread.rounds - 1:
+        output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
+        project_all(shared, own, output, bias, places.attended, batch, hidden, ADDS, mine)
 
 
 @kernel

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crosspool.kernels.numba.attention import attend, attend_split, attention_mine_bytes, attention_room_bytes
-from crosspool.kernels.numba.attention_block import AttentionShape
+from crosspool.kernels.numba.attention_block import AttentionShape, state_bytes
 from crosspool.kernels.numba.attention_parts import (
     ADDS,
     CACHE_LINE,
@@ -22,6 +22,7 @@ from crosspool.kernels.numba.attention_parts import (
     project_all,
     rotate_piece,
 )
+from crosspool.kernels.numba.attention_spread import attend_part, merge_parts, spread_mine_bytes
 from crosspool.kernels.numba.batch import position_of, region_of
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes
@@ -52,6 +53,10 @@ from crosspool.kernels.numba.mla_fields import (
 )
 from crosspool.kernels.numba.projection import project, projection_units
 from crosspool.kernels.numba.team import claim, meet, share
+
+
+KEPT, MERGED = np.int64(0), np.int64(1)
+"""What attention has left: states to be merged, or results. Variables to Numba, see attention_parts.py."""
 
 
 class Room(NamedTuple):
@@ -117,12 +122,20 @@ def _value_of_head(fields, head):
 
 def mla_room_bytes(fields: np.ndarray, tokens: int) -> int:
     """Scratch shared by the team, for passes of up to ``tokens`` tokens."""
-    return CACHE_LINE + int(_room(0, fields, tokens).kept) + attention_room_bytes(_shape(fields))
+    return mla_spread_room_bytes(fields, tokens, 0) + attention_room_bytes(_shape(fields))
+
+
+def mla_spread_room_bytes(fields: np.ndarray, tokens: int, states: int) -> int:
+    """Room of a pass that is spread over devices, of up to ``tokens`` tokens, where that of ``states`` pairs of
+    a query and a block is kept."""
+    shape = _shape(fields)
+    return CACHE_LINE + int(_room(0, fields, tokens).kept) + states * shape.heads * int(state_bytes(shape))
 
 
 def mla_mine_bytes(fields: np.ndarray, rows: int) -> int:
     """Scratch of each thread, for passes of up to ``rows`` rows."""
-    return int(fields[SCRATCH]) + attention_mine_bytes(_shape(fields), rows)
+    shape = _shape(fields)
+    return int(fields[SCRATCH]) + max(attention_mine_bytes(shape, rows), spread_mine_bytes(shape, rows))
 
 
 @kernel
@@ -139,9 +152,40 @@ def mla_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
     kept = mine + fields[SCRATCH]
     shape = _shape(fields)
     attend(shared, own, shape, batch, kv, places.query, places.kept, kept, places.attended)
-    _expand(shared, own, fields, batch, kv, places, mine)
+    _expand(shared, own, fields, batch, kv, places, KEPT, mine)
     output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
     project_all(shared, own, output, bias, places.values, batch, hidden, ADDS, mine)
+
+
+@kernel
+def mla_begin(shared, own, fields, normed, batch, kv, room, mine):
+    """All threads at home: the begin of a half that is spread over devices. The pass's latents are in their pages
+    then, and its queries in ``room``, which is the pass's own, see mla_spread_room_bytes."""
+    places = _room(room, fields, batch.queries)
+    _project(shared, own, fields, normed, batch, places, mine)
+    _absorb(shared, own, fields, batch, kv, places, mine)
+
+
+@kernel
+def mla_part(shared, own, fields, batch, kv, spread, part, room, mine):
+    """All threads of one device: its part of the context, for the queries of a round."""
+    places, shape = _room(room, fields, batch.queries), _shape(fields)
+    attend_part(
+        shared, own, shape, batch, kv, spread, part, places.query, places.kept, mine + fields[SCRATCH]
+    )
+
+
+@kernel
+def mla_end(shared, own, fields, batch, kv, spread, room, mine, hidden):
+    """All threads at home: merge a round, and after the last one add the half's result to ``hidden``."""
+    places, shape = _room(room, fields, batch.queries), _shape(fields)
+    merge_parts(
+        shared, own, shape, batch, kv, spread, places.kept, mine + fields[SCRATCH], places.attended
+    )
+    if spread.round == spread.rounds - 1:
+        _expand(shared, own, fields, batch, kv, places, MERGED, mine)
+        output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
+        project_all(shared, own, output, bias, places.values, batch, hidden, ADDS, mine)
 
 
 @kernel
@@ -235,26 +279,27 @@ def _absorb_head(fields, batch, head, piece, room, mine):
 
 
 @kernel
-def _expand(shared, own, fields, batch, kv, room, mine):
-    """Attended latents into values. A unit is a head of a block of tokens: before it, what attention has kept
-    of them is put together."""
+def _expand(shared, own, fields, batch, kv, room, merged, mine):
+    """Attended latents into values. A unit is a head of a block of tokens: before it, unless that is ``merged``,
+    what attention has kept of them is put together."""
     blocks = -(-batch.queries // VECTORS_AT_ONCE)
     share(own, fields[HEADS] * blocks)
     unit = claim(shared, own)
     while unit >= 0:
-        _expand_head(fields, batch, kv, unit // blocks, unit % blocks, room, mine)
+        _expand_head(fields, batch, kv, unit // blocks, unit % blocks, room, merged, mine)
         unit = claim(shared, own)
     meet(shared, own)
 
 
 @kernel
-def _expand_head(fields, batch, kv, head, block, room, mine):
+def _expand_head(fields, batch, kv, head, block, room, merged, mine):
     """One head of one block of tokens."""
     begin = block * VECTORS_AT_ONCE
     count = min(VECTORS_AT_ONCE, batch.queries - begin)
-    shape, kept = _shape(fields), mine + fields[SCRATCH]
-    for token in range(begin, begin + count):
-        attend_split(shape, batch, kv, token, head, room.kept, kept, room.attended)
+    if not merged:
+        shape, kept = _shape(fields), mine + fields[SCRATCH]
+        for token in range(begin, begin + count):
+            attend_split(shape, batch, kv, token, head, room.kept, kept, room.attended)
     rank, value, size = fields[RANK], fields[VALUE], _size(fields)
     x_stride, out_stride = fields[HEADS] * rank * size, fields[HEADS] * value * size
     x = room.attended + begin * x_stride + head * rank * size

@@ -9,6 +9,7 @@ the rows that are still going.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from crosspool.kernels.numba.choice import describe_choice, read_report
 from crosspool.workers.resident.body_words import (
     ALIVE,
     ARENA,
+    BLOCKS,
     BODY_WORDS,
     CHOICE,
     CHOICE_LENGTH,
@@ -30,7 +32,9 @@ from crosspool.workers.resident.body_words import (
     FIRST,
     FIRSTS,
     GROUPS,
+    HALF_ROOM,
     INPUTS,
+    KV_PARTS,
     MADE,
     NORMED,
     OUTPUTS,
@@ -38,6 +42,8 @@ from crosspool.workers.resident.body_words import (
     PARTS,
     PIPED,
     REMAINING,
+    ROUNDS,
+    ROW_BLOCKS,
     ROW_INPUTS,
     ROW_NUMBERS,
     ROW_OF,
@@ -56,6 +62,7 @@ from crosspool.workers.resident.body_words import (
 )
 from crosspool.workers.resident.control import NO_REQUEST, new_bytes
 from crosspool.workers.resident.model import ResidentModel
+from crosspool.workers.resident.spread import SpreadContext
 
 CACHE_LINE = 64
 
@@ -73,6 +80,7 @@ class Body:
         arena: int,
         page_bytes: int,
         parts: int,
+        spread: SpreadContext | None,
         memory: np.ndarray,
         *,
         piped: bool = False,
@@ -108,6 +116,9 @@ class Body:
             (OUTPUTS, parts * hidden),
         ):
             words[field] = self._room(size, align=True)
+        words[KV_PARTS] = 0
+        if spread is not None:
+            self._put_spread(words, spread, model.half_room_bytes(tokens, spread.states))
 
     def drop(self, row: int) -> None:
         """Let a row stop at the next boundary."""
@@ -136,6 +147,16 @@ class Body:
             own[REMAINING] = row.choice.remaining
             own[PIPED] = row.request if piped and row.choice.params.logprobs is None else NO_REQUEST
 
+    def _put_spread(self, words: np.ndarray, spread: SpreadContext, room: int) -> None:
+        lists = len(spread.blocks[0]) * spread.parts
+        words[KV_PARTS], words[ROUNDS] = spread.parts, spread.rounds
+        words[BLOCKS] = self._room(8 * len(spread.blocks) * lists)
+        for own, row in zip(self._rows, spread.blocks, strict=True):
+            own[ROW_BLOCKS] = self._fill(
+                [self._fill([len(blocks), *blocks]) for blocks in chain.from_iterable(row)]
+            )
+        words[HALF_ROOM] = self._room(room, align=True)
+
     def _fill(self, values: Sequence[int]) -> int:
         """The address of so many words with these values."""
         address, words = self._take(len(values))
@@ -160,7 +181,7 @@ def tokens_of(grant: Grant) -> int:
     return sum(len(row.tokens) for row in grant.rows)
 
 
-def body_bytes(grant: Grant, model: ResidentModel, parts: int) -> int:
+def body_bytes(grant: Grant, model: ResidentModel, parts: int, spread: SpreadContext | None) -> int:
     """How much memory a Body needs."""
     tokens, rows, groups = tokens_of(grant), len(grant.rows), len(model.layout.groups)
     words = BODY_WORDS + rows * (ROW_WORDS + 5 + 2 * groups) + 3 * tokens
@@ -169,7 +190,11 @@ def body_bytes(grant: Grant, model: ResidentModel, parts: int) -> int:
         words += 0 if row.choice is None else len(row.choice.stop_token_ids)
     floats = 4 * tokens * model.spec.rope.dim
     hidden = tokens * model.spec.hidden_size * model.spec.dtype.bytes
-    return 8 * words + floats + (2 + parts) * hidden + 6 * CACHE_LINE
+    size = 8 * words + floats + (2 + parts) * hidden + 6 * CACHE_LINE
+    if spread is not None:
+        lists = 8 * (spread.words + 2 * rows * groups * spread.parts)
+        size += lists + model.half_room_bytes(tokens, spread.states) + 2 * CACHE_LINE
+    return size
 
 
 class BodyMemory:

@@ -35,7 +35,7 @@ MODEL, PHASE, TEAM, INTERVAL, LAYER_COST, STEPS, BODY, HAS_HEAD = range(8)
 POSITION = 1 * LINE
 RETIRED = 2 * LINE
 PARTS_DONE = 3 * LINE
-"""FFN parts of this slot that have ended since the start, where every device has a part of each FFN."""
+"""Parts of the stage that have ended, where several teams have a part each. 0 again before the next stage."""
 
 START_BY = 4 * LINE
 PASSED = 4 * LINE + 1
@@ -44,10 +44,14 @@ CHUNK_END = 5 * LINE
 """When a prefill's layer task that runs now is expected to end; 0 if none runs."""
 
 BEGUN = 5 * LINE + 1
-"""The position whose FFN some device has begun with its part."""
+"""The position that some team has begun with, or with its part of."""
 
 RECALLED = 6 * LINE
 """Set by the engine's thread: retire at the next step boundary."""
+
+WIDTH, SPREAD = 6 * LINE + 1, 6 * LINE + 2
+"""Written with the descriptor. WIDTH: stages of a layer (order.py). SPREAD: bit t is set if team t has a part of the
+context of some row; 0 if all of it is at home."""
 
 ATTENTION_TIME, ATTENTION_TASKS, FFN_TIME, FFN_TASKS = range(7 * LINE, 7 * LINE + 4)
 

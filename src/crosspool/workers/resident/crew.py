@@ -16,7 +16,7 @@ CREW_WORDS = 16
 them, and the number of THREADS. STAGES is the address of the stages' addresses, GQA_STAGE first; MODELS that
 of the models' addresses by index."""
 
-GQA_STAGE, MLA_STAGE, FFN_STAGE, HEAD_STAGE = range(4)
+GQA_STAGE, MLA_STAGE, FFN_STAGE, HEAD_STAGE, GQA_SPREAD_STAGE, MLA_SPREAD_STAGE = range(6)
 
 
 class Crew:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from crosspool.backends.base import Backend
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row, TokenEvent, row_after
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId, WeightsDevice
+from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.topology import Sharding, Topology
 from crosspool.workers.resident import control as layout
 from crosspool.workers.resident.body import Body, BodyMemory, body_bytes, tokens_of
@@ -32,6 +33,7 @@ from crosspool.workers.resident.protocol import (
     write_word,
 )
 from crosspool.workers.resident.run import run_leader, run_member, stage_addresses
+from crosspool.workers.resident.spread import spread_context, teams_of
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +53,9 @@ class _InFlight:
 class ResidentExecutor:
     """Teams of pinned threads run micro-batches in compiled code (loop.py) until the executor closes.
 
-    ``backends`` are in the order of ``topology.teams``, ``arenas`` in that of its KV devices. ``most_tokens``
-    and ``most_rows`` bound every micro-batch: the scratch is for so many. With ``tasks`` the teams return to
+    ``backends`` are in the order of ``topology.teams``. ``arena`` is uint8 [pages, page_bytes], the pages of all KV
+    devices as ``places`` says. ``most_tokens`` and ``most_rows`` bound every micro-batch: the scratch is for so
+    many. With ``tasks`` the teams return to
     Python after so many layer tasks: what it costs is what lowering saves. ``compiling`` is told how many of
     the compiled stages are there.
     """
@@ -61,7 +64,8 @@ class ResidentExecutor:
         self,
         topology: Topology,
         backends: Sequence[Backend],
-        arenas: Sequence[Tensor],
+        arena: Tensor,
+        places: DevicePages,
         models: Mapping[ModelIndex, ResidentModel],
         *,
         most_tokens: int,
@@ -72,9 +76,10 @@ class ResidentExecutor:
         for model in models.values():
             model.check_complete()
         self._models = models
-        self._arenas = arenas
+        self._arena = arena
+        self._places = places
         self._most = (most_tokens, most_rows)
-        self._teams = [int(topology.attention_team(KvDevice(i))) for i in range(len(arenas))]
+        self._teams = [int(topology.attention_team(device)) for device in places.devices]
         self._parts = len(topology.weights_devices) if topology.sharding is Sharding.TENSOR else 1
         self._control = Control.allocate(len(backends))
         self._memory = BodyMemory()
@@ -134,16 +139,20 @@ class ResidentExecutor:
                 f"grant {grant.id} has {tokens_of(grant)} tokens in {len(grant.rows)} rows; "
                 f"the scratch is for {self._most[0]} in {self._most[1]}"
             )
-        model, arena = self._models[grant.model], self._arenas[grant.kv_device]
-        memory = self._memory.take(body_bytes(grant, model, self._parts))
+        model, arena = self._models[grant.model], self._arena
+        spread = spread_context(grant, model, self._places, self._teams)
+        memory = self._memory.take(body_bytes(grant, model, self._parts, spread))
         address, page_bytes = arena.data_ptr(), arena.shape[1]
-        body = Body(grant, model, address, page_bytes, self._parts, memory, piped=self._piped)
+        body = Body(grant, model, address, page_bytes, self._parts, spread, memory, piped=self._piped)
         slot = self._take_slot()
         number_of = {row.request: number for number, row in enumerate(grant.rows)}
         self._flying[slot] = _InFlight(grant, body, number_of, set())
         for request in number_of:
             self._slots_of.setdefault(request, set()).add(slot)
         self._fill(slot, grant, body)
+        words = self._control.slot_words(slot)
+        words[layout.SPREAD] = teams_of(grant, self._teams)
+        words[layout.WIDTH] = 2 if spread is None else 2 * spread.rounds + 2
         self._sequence += 1
         self._sequence_of_slot[slot] = self._sequence
         team = team_address(self._control, self._teams[grant.kv_device])

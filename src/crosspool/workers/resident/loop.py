@@ -49,7 +49,6 @@ from crosspool.workers.resident.control import (
     INTERVAL,
     NO_REQUEST,
     NO_SLOT,
-    PARTS_DONE,
     PASSED,
     PHASE,
     POSITION,
@@ -57,6 +56,7 @@ from crosspool.workers.resident.control import (
     RETIRED_EVENT,
     SLOT_WORDS,
     SLOTS_IN_USE,
+    SPREAD,
     STAGE_BITS,
     START_BY,
     STEPS,
@@ -68,13 +68,16 @@ from crosspool.workers.resident.control import (
     TEAM,
     TEAM_WORDS,
     TOKEN_EVENT,
+    WIDTH,
 )
 from crosspool.workers.resident.crew import (
     CONTROL,
     CREW_WORDS,
     FFN_STAGE,
+    GQA_SPREAD_STAGE,
     GQA_STAGE,
     HEAD_STAGE,
+    MLA_SPREAD_STAGE,
     MLA_STAGE,
     NUMBER,
     RING,
@@ -85,20 +88,22 @@ from crosspool.workers.resident.crew import (
     TEAM_TABLE,
     THREADS,
 )
-from crosspool.workers.resident.model_words import LATENT, LAYERS, layer_at
+from crosspool.workers.resident.model_words import LATENT, layer_at
 from crosspool.workers.resident.order import (
     INDEX,
     NOTHING,
     PART,
     already_passed,
     choose_task,
+    continues_half,
     is_ffn,
+    is_head,
     model_of,
     note_begin,
     parts_of,
     slot_at,
     stage_of,
-    team_of_part,
+    teams_of,
 )
 from crosspool.workers.resident.passes import begin_pass, end_row, rows_that_go_on
 from crosspool.workers.resident.protocol import (
@@ -106,6 +111,7 @@ from crosspool.workers.resident.protocol import (
     await_task,
     give_task,
     hand_over,
+    is_last_part,
     retire,
     ring_bell,
     ring_news,
@@ -144,14 +150,16 @@ def run_stage(crew_address, own, mine, slot_index, stage, part):
     crew = words(crew_address, CREW_WORDS)
     slot = words(slot_at(crew, slot_index), SLOT_WORDS)
     model = model_of(crew, slot)
-    layer = stage // 2
-    if stage == 2 * model[LAYERS]:
+    layer, piece = stage // slot[WIDTH], stage % slot[WIDTH]
+    if is_head(model, slot, stage):
         kind = HEAD_STAGE
-    elif stage % 2 == 1:
+    elif is_ffn(slot, stage):
         kind = FFN_STAGE
+    elif slot[SPREAD] != 0:
+        kind = MLA_SPREAD_STAGE if layer_at(model, layer)[LATENT] else GQA_SPREAD_STAGE
     else:
         kind = MLA_STAGE if layer_at(model, layer)[LATENT] else GQA_STAGE
-    arguments = (crew[SHARED], own, crew[ROOM], mine, address_of(model), slot[BODY], layer, part)
+    arguments = (crew[SHARED], own, crew[ROOM], mine, address_of(model), slot[BODY], layer, part, piece)
     call_entry(words(crew[STAGES], kind + 1)[kind], arguments)
     if kind == HEAD_STAGE:
         yield_core()
@@ -216,26 +224,31 @@ def run_task(crew_address, own, mine, table, column, time):
     slot = words(address, SLOT_WORDS)
     model = model_of(crew, slot)
     position = load_acquire(address + 8 * POSITION)
-    stage = stage_of(model, position)
+    stage = stage_of(model, slot, position)
     note_begin(crew_address, table, column, time)
     if stage == 0:
         begin_pass(slot[BODY])
-    if stage % 2 == 0 and rows_that_go_on(slot[BODY]) == 0:
+    if stage % slot[WIDTH] == 0 and rows_that_go_on(slot[BODY]) == 0:
         _end(crew, index)
         return
-    if stage < 2 * model[LAYERS] or body_at(slot[BODY])[PASS_CHOOSERS] > 0:
+    head = is_head(model, slot, stage)
+    if not head or body_at(slot[BODY])[PASS_CHOOSERS] > 0:
         if crew[THREADS] > 1:
             give_task(team, index, stage, part)
         run_stage(crew_address, own, mine, index, stage, part)
-    if stage < 2 * model[LAYERS]:
-        _add_time(address, is_ffn(model, stage), now() - time)
+    if is_ffn(slot, stage):
+        _add_time(address, FFN_TIME, FFN_TASKS, now() - time, 1)
+    elif not head and slot[TEAM] == crew[NUMBER]:
+        begun = not continues_half(slot, stage)
+        _add_time(address, ATTENTION_TIME, ATTENTION_TASKS, now() - time, begun)
     _complete(crew, index, position, stage)
 
 
 @inline
-def _add_time(slot, ffn, span):
-    fetch_add(slot + 8 * (FFN_TIME if ffn else ATTENTION_TIME), span)
-    fetch_add(slot + 8 * (FFN_TASKS if ffn else ATTENTION_TASKS), 1)
+def _add_time(slot, total, tasks, span, count):
+    """Add to the time of a half. Of an attention half in pieces, that at home counts."""
+    fetch_add(slot + 8 * total, span)
+    fetch_add(slot + 8 * tasks, count)
 
 
 @kernel
@@ -244,37 +257,35 @@ def _complete(crew, index, position, stage):
     address = slot_at(crew, index)
     slot = words(address, SLOT_WORDS)
     model = model_of(crew, slot)
-    if is_ffn(model, stage):
-        done = fetch_add(address + 8 * PARTS_DONE, 1) + 1
-        if done % parts_of(crew) != 0:
-            return
-    slot[CHUNK_END] = 0
+    if not is_last_part(address, parts_of(crew, slot, stage)):
+        return
     steps_stage = (position & ((1 << STAGE_BITS) - 1)) + 1
-    if stage == 2 * model[LAYERS]:
+    following = stage_of(model, slot, steps_stage)
+    if not continues_half(slot, following):
+        slot[CHUNK_END] = 0
+    if is_head(model, slot, stage):
         if not _end_pass(crew, index):
             _end(crew, index)
             return
         slot[START_BY] = now() + slot[INTERVAL]
         in_use = load_acquire(crew[CONTROL] + 8 * SLOTS_IN_USE)
         slot[PASSED] = already_passed(crew[SLOT_TABLE], in_use, slot[PHASE], slot[START_BY])
-    elif stage == 2 * model[LAYERS] - 1 and not slot[HAS_HEAD]:
+    elif is_head(model, slot, following) and not slot[HAS_HEAD]:
         _end(crew, index)
         return
+    teams = teams_of(crew, slot, following)
     hand_over(address, steps_stage)
-    _ring(crew, slot, model, stage_of(model, steps_stage))
+    _ring(crew, teams)
 
 
 @inline
-def _ring(crew, slot, model, stage):
-    """Let the other teams that run a stage look for it."""
-    if not is_ffn(model, stage):
-        if slot[TEAM] != crew[NUMBER]:
-            ring_bell(crew[TEAM_TABLE] + 8 * TEAM_WORDS * slot[TEAM])
-        return
-    for part in range(parts_of(crew)):
-        team = team_of_part(crew, stage // 2, part)
-        if team != crew[NUMBER]:
+def _ring(crew, teams):
+    """Let the other ones of these teams look for a stage. The slot may be another micro-batch's by now."""
+    team = 0
+    while teams >> team != 0:
+        if teams >> team & 1 and team != crew[NUMBER]:
             ring_bell(crew[TEAM_TABLE] + 8 * TEAM_WORDS * team)
+        team += 1
 
 
 @kernel

@@ -19,11 +19,11 @@ from crosspool.core.spec import GqaSpec, MlaSpec, ModelSpec, RouterSpec
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.numba.choice import choice_mine_bytes
 from crosspool.kernels.numba.ffn import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
-from crosspool.kernels.numba.gqa import gqa_mine_bytes, gqa_room_bytes
+from crosspool.kernels.numba.gqa import gqa_mine_bytes, gqa_room_bytes, gqa_spread_room_bytes
 from crosspool.kernels.numba.gqa_fields import GqaTensors, describe_gqa
 from crosspool.kernels.numba.head import describe_head, head_mine_bytes, head_room_bytes
 from crosspool.kernels.numba.matrix import CODES, Weight
-from crosspool.kernels.numba.mla import mla_mine_bytes, mla_room_bytes
+from crosspool.kernels.numba.mla import mla_mine_bytes, mla_room_bytes, mla_spread_room_bytes
 from crosspool.kernels.numba.mla_fields import MlaTensors, describe_mla
 from crosspool.kernels.numba.router import describe_router
 from crosspool.models.layers import rope_frequencies
@@ -122,6 +122,16 @@ class ResidentModel:
         head = int(head_room_bytes(self.spec.hidden_size, heads)) + 4 * heads * self.spec.vocab_size
         ffns = (ffn_room_bytes(words, tokens) for words in self._ffn_words.values())
         return max(head, *(attention(words, tokens) for words in self._attention), *ffns)
+
+    def half_room_bytes(self, tokens: int, states: int) -> int:
+        """Room of an attention half whose context is spread over devices: see gqa_spread_room_bytes."""
+        room = mla_spread_room_bytes if isinstance(self.spec.attention, MlaSpec) else gqa_spread_room_bytes
+        return max(room(words, tokens, states) for words in self._attention)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all heads of a query over one block."""
+        return self.half_room_bytes(0, 1) - self.half_room_bytes(0, 0)
 
     def mine_bytes(self, tokens: int, rows: int) -> int:
         """Scratch of each thread, for passes of ``tokens`` tokens in ``rows`` rows."""

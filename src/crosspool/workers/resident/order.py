@@ -6,7 +6,7 @@ from numba.extending import register_jitable
 
 from crosspool.core import pick as rule
 from crosspool.kernels.numba.compile import inline, kernel
-from crosspool.kernels.numba.intrinsics import exchange, fetch_add, load_acquire, words
+from crosspool.kernels.numba.intrinsics import exchange, fetch_add, full_fence, load_acquire, words
 from crosspool.workers.resident.control import (
     BEGUN,
     CHUNK_END,
@@ -17,9 +17,11 @@ from crosspool.workers.resident.control import (
     POSITION,
     SLOT_WORDS,
     SLOTS_IN_USE,
+    SPREAD,
     STAGE_BITS,
     START_BY,
     TEAM,
+    WIDTH,
 )
 from crosspool.workers.resident.crew import (
     CONTROL,
@@ -41,7 +43,7 @@ pick = kernel(rule.pick)
 READY, PREFILL, DUE, ORDER, COST, BEFORE, INDEX, PART, RAN = range(9)
 COLUMNS = 9
 """Rows of a leader's table, int64 [COLUMNS, SLOTS]: what core/pick.py asks of each micro-batch, its slot, and
-which part of its FFN is this team's. RAN is kept for each slot: the position of the last part run."""
+which part of its stage is this team's. RAN is kept for each slot: the position of the last part run."""
 
 
 @inline
@@ -56,47 +58,95 @@ def model_of(crew, slot):
     return model_at(words(crew[MODELS], slot[MODEL] + 1)[slot[MODEL]])
 
 
-@inline
-def stage_of(model, position):
-    """The stage within its pass: attention of layer l is 2l, its FFN 2l + 1, the head the last."""
-    return (position & ((1 << STAGE_BITS) - 1)) % (2 * model[LAYERS] + 1)
+# Each layer has WIDTH stages, the last of them its FFN; the head is the last stage of a pass. The attention half is
+# one stage, or, where rows have pages elsewhere, one piece after another (spread_stages.py).
 
 
 @inline
-def is_ffn(model, stage):
-    return stage % 2 == 1 and stage < 2 * model[LAYERS]
+def stage_of(model, slot, position):
+    """The stage within its pass."""
+    return (position & ((1 << STAGE_BITS) - 1)) % (slot[WIDTH] * model[LAYERS] + 1)
 
 
 @inline
-def parts_of(crew):
-    """How many devices share each FFN."""
-    return crew[WEIGHTS] if crew[SHARDED] else 1
+def is_head(model, slot, stage):
+    return stage == slot[WIDTH] * model[LAYERS]
 
 
 @inline
-def team_of_part(crew, layer, part):
+def is_ffn(slot, stage):
+    return stage % slot[WIDTH] == slot[WIDTH] - 1
+
+
+@inline
+def continues_half(slot, stage):
+    """Whether a stage is a piece of an attention half that has begun: to the order rule, the rest of one task."""
+    return 0 < stage % slot[WIDTH] < slot[WIDTH] - 1
+
+
+@inline
+def is_shared_context(slot, stage):
+    """Whether a stage is the parts of the context that devices have of it."""
+    return continues_half(slot, stage) and stage % slot[WIDTH] % 2 == 1
+
+
+@inline
+def parts_of(crew, slot, stage):
+    """How many teams have a part of a stage."""
+    if is_ffn(slot, stage):
+        return crew[WEIGHTS] if crew[SHARDED] else 1
+    return count_teams(slot[SPREAD]) if is_shared_context(slot, stage) else 1
+
+
+@inline
+def ffn_team(crew, slot, stage, part):
     """The team that computes a part of a layer's FFN (core/topology.py ffn_devices)."""
-    device = part if crew[SHARDED] else layer % crew[WEIGHTS]
+    device = part if crew[SHARDED] else stage // slot[WIDTH] % crew[WEIGHTS]
     return words(crew[WEIGHTS_TEAMS], crew[WEIGHTS])[device]
 
 
 @inline
-def own_part(crew, model, slot, stage):
-    """Which part of a stage is this team's (0 where a stage is not shared), or -1."""
-    if not is_ffn(model, stage):
-        return 0 if slot[TEAM] == crew[NUMBER] else -1
-    for part in range(parts_of(crew)):
-        if team_of_part(crew, stage // 2, part) == crew[NUMBER]:
-            return part
-    return -1
+def teams_of(crew, slot, stage):
+    """The teams that have a part of a stage: bit t is set if team t has."""
+    if is_shared_context(slot, stage):
+        return slot[SPREAD]
+    if not is_ffn(slot, stage):
+        return 1 << slot[TEAM]
+    teams = 0
+    for part in range(parts_of(crew, slot, stage)):
+        teams |= 1 << ffn_team(crew, slot, stage, part)
+    return teams
+
+
+@inline
+def own_part(crew, slot, stage):
+    """Which part of a stage is this team's (0 where a stage is not shared), or -1. Parts of the context are in the
+    order of their teams."""
+    number = crew[NUMBER]
+    if is_ffn(slot, stage):
+        for part in range(parts_of(crew, slot, stage)):
+            if ffn_team(crew, slot, stage, part) == number:
+                return part
+        return -1
+    teams = teams_of(crew, slot, stage)
+    return count_teams(teams & ((1 << number) - 1)) if teams >> number & 1 else -1
+
+
+@inline
+def count_teams(teams):
+    """How many bits are set."""
+    count = 0
+    while teams != 0:
+        teams &= teams - 1
+        count += 1
+    return count
 
 
 @kernel
 def choose_task(crew_address, table, now):
     """Fill the leader's table; return the column of the task to run now, or NOTHING.
 
-    What is left of an FFN that other teams have begun comes first: it is the same one task to whoever waits
-    for it.
+    What is left of a layer task that has begun comes first: it is the same one task to whoever waits for it.
     """
     crew = words(crew_address, CREW_WORDS)
     count = 0
@@ -107,15 +157,15 @@ def choose_task(crew_address, table, now):
             continue
         slot = words(address, SLOT_WORDS)
         model = model_of(crew, slot)
-        stage = stage_of(model, position)
-        part = own_part(crew, model, slot, stage)
-        if part >= 0 and table[RAN, index] == position:
+        stage = stage_of(model, slot, position)
+        part = own_part(crew, slot, stage)
+        if part >= 0 and (table[RAN, index] == position or _has_changed(address, position)):
             part = -1
         table[READY, count], table[PART, count], table[INDEX, count] = part >= 0, part, index
         table[PREFILL, count], table[ORDER, count] = slot[PHASE], position >> STAGE_BITS
         table[DUE, count], table[COST, count] = slot[START_BY], slot[LAYER_COST]
         table[BEFORE, count] = slot[PASSED]
-        if part >= 0 and slot[BEGUN] == position:
+        if part >= 0 and (slot[BEGUN] == position or continues_half(slot, stage)):
             return count
         count += 1
     return pick(
@@ -129,20 +179,30 @@ def choose_task(crew_address, table, now):
     )
 
 
+@inline
+def _has_changed(address, position):
+    """Whether a slot has meanwhile left a position: what was read of it may then be of its next micro-batch."""
+    full_fence()
+    return position_of(address) != position
+
+
 @kernel
 def note_begin(crew_address, table, column, now):
-    """A team begins the task of a column. The first part of a prefill's goes before every decode that it
-    delays (core/in_flight.py)."""
+    """A team begins the task of a column. The first part and piece of a prefill's goes before every decode that
+    it delays (core/in_flight.py)."""
     crew = words(crew_address, CREW_WORDS)
     index = table[INDEX, column]
     address = slot_at(crew, index)
     position = load_acquire(address + 8 * POSITION)
     table[RAN, index] = position
     first = exchange(address + 8 * BEGUN, position) != position
+    own = words(address, SLOT_WORDS)
+    if continues_half(own, stage_of(model_of(crew, own), own, position)):
+        return
     if not (first and table[PREFILL, column]):
         return
     cost = table[COST, column]
-    words(address, SLOT_WORDS)[CHUNK_END] = now + cost
+    own[CHUNK_END] = now + cost
     for other in range(load_acquire(crew[CONTROL] + 8 * SLOTS_IN_USE)):
         place = slot_at(crew, other)
         slot = words(place, SLOT_WORDS)

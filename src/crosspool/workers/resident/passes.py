@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from crosspool.kernels.numba.attention_spread import Spread
 from crosspool.kernels.numba.batch import KvPlace, Pass, rope_angles
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes
@@ -11,6 +12,7 @@ from crosspool.kernels.numba.intrinsics import address_of, floats, halves, load_
 from crosspool.workers.resident.body_words import (
     ALIVE,
     ARENA,
+    BLOCKS,
     CHOICE,
     CHOOSERS,
     COS,
@@ -21,6 +23,7 @@ from crosspool.workers.resident.body_words import (
     FIRSTS,
     GROUPS,
     INPUTS,
+    KV_PARTS,
     MADE,
     NEXT,
     PAGE_BYTES,
@@ -28,6 +31,8 @@ from crosspool.workers.resident.body_words import (
     PASS_QUERIES,
     PASS_ROWS,
     REMAINING,
+    ROUNDS,
+    ROW_BLOCKS,
     ROW_INPUTS,
     ROW_NUMBERS,
     ROW_OF,
@@ -80,9 +85,10 @@ def begin_pass(address):
     """One thread, before the first layer: the rows that go on make up the pass. Returns how many there
     are."""
     body = body_at(address)
-    groups = body[GROUPS]
+    groups, lists = body[GROUPS], body[GROUPS] * body[KV_PARTS]
     numbers, firsts = words(body[ROW_NUMBERS], body[ROWS]), words(body[FIRSTS], body[ROWS])
     starts, tables = words(body[STARTS], body[ROWS] + 1), words(body[TABLES], body[ROWS] * groups)
+    blocks = words(body[BLOCKS], body[ROWS] * lists)
     rows, queries = 0, 0
     starts[0] = 0
     for number in range(body[ROWS]):
@@ -93,6 +99,9 @@ def begin_pass(address):
         own = words(row[ROW_TABLES], groups)
         for group in range(groups):
             tables[rows * groups + group] = own[group]
+        own_blocks = words(row[ROW_BLOCKS], lists)
+        for i in range(lists):
+            blocks[rows * lists + i] = own_blocks[i]
         tokens, end = words(row[ROW_INPUTS], row[COUNT]), queries + row[COUNT]
         inputs, row_of = words(body[INPUTS], end), words(body[ROW_OF], end)
         for i in range(row[COUNT]):
@@ -161,6 +170,14 @@ def pass_of(model, body):
         floats(body[SIN], queries * half),
         half,
     )
+
+
+@inline
+def spread_of(body, number):
+    """How devices share the pass's context, in round ``number``."""
+    parts = body[KV_PARTS]
+    lists = words(body[BLOCKS], body[PASS_ROWS] * body[GROUPS] * parts)
+    return Spread(parts, body[ROUNDS], number, lists)
 
 
 @inline

@@ -32,6 +32,7 @@ from crosspool.workers.resident.control import (
     MEMBERS_ASLEEP,
     NEWS,
     NO_REQUEST,
+    PARTS_DONE,
     POSITION,
     RETIRED,
     RING_EVENTS,
@@ -63,6 +64,18 @@ def position_of(slot):
     """The slot's position if it holds a micro-batch that has not retired, else -1."""
     position = load_acquire(slot + 8 * POSITION)
     return position if position >> STAGE_BITS > load_acquire(slot + 8 * RETIRED) else -1
+
+
+@inline
+def is_last_part(slot, parts):
+    """A team is done with its part of a stage of so many: whether all are done now, and their results seen. Then this
+    team says what comes next."""
+    if parts == 1:
+        return True
+    if fetch_add(slot + 8 * PARTS_DONE, 1) + 1 < parts:
+        return False
+    exchange(slot + 8 * PARTS_DONE, 0)
+    return True
 
 
 @inline

@@ -8,9 +8,18 @@ import numpy as np
 
 from crosspool.kernels.numba.compile import Entry
 from crosspool.workers.resident.control import SLOTS
-from crosspool.workers.resident.crew import FFN_STAGE, GQA_STAGE, HEAD_STAGE, MLA_STAGE, Crew
+from crosspool.workers.resident.crew import (
+    FFN_STAGE,
+    GQA_SPREAD_STAGE,
+    GQA_STAGE,
+    HEAD_STAGE,
+    MLA_SPREAD_STAGE,
+    MLA_STAGE,
+    Crew,
+)
 from crosspool.workers.resident.loop import follow, lead
 from crosspool.workers.resident.order import COLUMNS
+from crosspool.workers.resident.spread_stages import gqa_spread_stage, mla_spread_stage
 from crosspool.workers.resident.stages import ffn_stage, gqa_stage, head_stage, mla_stage
 
 ALL_TASKS = 2**62
@@ -20,11 +29,13 @@ STAGES: dict[int, Entry] = {
     MLA_STAGE: mla_stage,
     FFN_STAGE: ffn_stage,
     HEAD_STAGE: head_stage,
+    GQA_SPREAD_STAGE: gqa_spread_stage,
+    MLA_SPREAD_STAGE: mla_spread_stage,
 }
 
 
 def stage_addresses(report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
-    """The stages' addresses, int64 [4]; compiled first where they are not in the cache folder.
+    """The stages' addresses, int64 [6]; compiled first where they are not in the cache folder.
 
     ``report(done, total)`` is called as they come.
     """

@@ -2,8 +2,8 @@
 together.
 
 Each is an Entry that the loop of loop.py calls by its address, with ``shared``, ``own``, ``room`` and
-``mine`` as in kernels/numba/team.py and ffn.py, the addresses of model and body, the layer, and which part of
-an FFN. They return when every thread is done.
+``mine`` as in kernels/numba/team.py and ffn.py, the addresses of model and body, the layer, which part of a
+stage that several teams share, and which piece of the layer. They return when every thread is done.
 """
 
 from __future__ import annotations
@@ -51,39 +51,39 @@ from crosspool.workers.resident.passes import chooser, embed, kv_of, pass_of
 
 
 @Entry
-def gqa_stage(shared, own, room, mine, model_address, body_address, layer, part):
+def gqa_stage(shared, own, room, mine, model_address, body_address, layer, part, piece):
     """The attention half of a layer with grouped-query attention."""
     team, model, body = words(own, OWN_WORDS), model_at(model_address), body_at(body_address)
     place = layer_at(model, layer)
-    _begin_half(shared, team, model, body, place, layer, mine)
+    begin_half(shared, team, model, body, place, layer, mine)
     fields, batch, kv = (
         words(place[ATTENTION], place[ATTENTION_WORDS]),
         pass_of(model, body),
         kv_of(model, body, place),
     )
     gqa_half(shared, team, fields, body[NORMED], batch, kv, room, mine, body[STREAM])
-    _norm_all(shared, team, model, body, place[FFN_NORM], mine)
+    norm_all(shared, team, model, body, place[FFN_NORM], mine)
     return 0
 
 
 @Entry
-def mla_stage(shared, own, room, mine, model_address, body_address, layer, part):
+def mla_stage(shared, own, room, mine, model_address, body_address, layer, part, piece):
     """The attention half of a layer with latent attention."""
     team, model, body = words(own, OWN_WORDS), model_at(model_address), body_at(body_address)
     place = layer_at(model, layer)
-    _begin_half(shared, team, model, body, place, layer, mine)
+    begin_half(shared, team, model, body, place, layer, mine)
     fields, batch, kv = (
         words(place[ATTENTION], place[ATTENTION_WORDS]),
         pass_of(model, body),
         kv_of(model, body, place),
     )
     mla_half(shared, team, fields, body[NORMED], batch, kv, room, mine, body[STREAM])
-    _norm_all(shared, team, model, body, place[FFN_NORM], mine)
+    norm_all(shared, team, model, body, place[FFN_NORM], mine)
     return 0
 
 
 @Entry
-def ffn_stage(shared, own, room, mine, model_address, body_address, layer, part):
+def ffn_stage(shared, own, room, mine, model_address, body_address, layer, part, piece):
     """One device's part of a layer's FFN."""
     team, model, body = words(own, OWN_WORDS), model_at(model_address), body_at(body_address)
     row = words(layer_at(model, layer)[FFNS] + 16 * part, 2)
@@ -94,7 +94,7 @@ def ffn_stage(shared, own, room, mine, model_address, body_address, layer, part)
 
 
 @Entry
-def head_stage(shared, own, room, mine, model_address, body_address, layer, part):
+def head_stage(shared, own, room, mine, model_address, body_address, layer, part, piece):
     """The end of a pass: a NEXT token for each row that chooses, negative if its logits hold no largest."""
     team, model, body = words(own, OWN_WORDS), model_at(model_address), body_at(body_address)
     count = body[PASS_CHOOSERS]
@@ -122,7 +122,7 @@ def head_stage(shared, own, room, mine, model_address, body_address, layer, part
 
 
 @inline
-def _begin_half(shared, team, model, body, place, layer, mine):
+def begin_half(shared, team, model, body, place, layer, mine):
     """The residual stream as the layers before have left it, and its norm."""
     share(team, body[PASS_QUERIES])
     query = claim(shared, team)
@@ -137,7 +137,7 @@ def _begin_half(shared, team, model, body, place, layer, mine):
 
 
 @inline
-def _norm_all(shared, team, model, body, weight, mine):
+def norm_all(shared, team, model, body, weight, mine):
     share(team, body[PASS_QUERIES])
     query = claim(shared, team)
     while query >= 0:
