@@ -4,9 +4,9 @@ Threads write to memory through a set of pending writes, any of which may reach 
 waits until none is pending, a plain write joins them. So whatever a missing release would allow on any CPU
 happens here. Reads are of memory, newest own pending write first.
 
-Two teams take turns at the stages of micro-batches (team 0 the even ones, team 1 the odd ones) and the
-engine's thread submits more of them than there are slots. Every stage checks that body and hidden states are
-of its micro-batch and of the stage before.
+Two teams run the stages of micro-batches, some of them together, each its part (an FFN that devices share, or a
+context whose blocks they share), and the engine's thread submits more micro-batches than there are slots. Every
+stage checks that body and hidden states are of its micro-batch and of all parts of the stage before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ from helpers_state_space import Violation, explore
 
 pytestmark = pytest.mark.unit
 
-SLOTS, BATCHES = 2, 4
-STAGES = {1: 3, 2: 2, 3: 1, 4: 2}
-"""Stages of each micro-batch: a later one may end before an earlier one."""
+HOME, AWAY, BOTH = (0,), (1,), (0, 1)
+SLOTS = 2
+OWNERS = {
+    1: (HOME, BOTH, HOME, AWAY),
+    2: (AWAY, HOME),
+    3: (HOME,),
+    4: (AWAY, BOTH, BOTH),
+}
+"""The teams of each stage of each micro-batch: a later one may end before an earlier one, and a slot's next
+micro-batch has other teams than its last."""
+
+BATCHES = len(OWNERS)
 
 Memory = tuple[tuple[str, object], ...]
 ENGINE, TEAM0, TEAM1 = range(3)
@@ -31,7 +40,8 @@ ENGINE, TEAM0, TEAM1 = range(3)
 @dataclass(frozen=True)
 class World:
     """``memory`` and each thread's ``pending`` writes, sorted by place; ``at`` is where each thread is in
-    its steps; ``slot_of`` the slots by sequence; ``events`` the sequences whose end was announced."""
+    its steps; ``slot_of`` the slots by sequence; ``events`` the sequences whose end was announced; ``ran`` what
+    each team has run last in each slot."""
 
     memory: Memory = ()
     pending: tuple[Memory, Memory, Memory] = ((), (), ())
@@ -39,6 +49,7 @@ class World:
     submitted: int = 0
     slot_of: tuple[int, ...] = ()
     events: frozenset[int] = frozenset()
+    ran: tuple[frozenset[tuple[int, int, int]], ...] = (frozenset(), frozenset())
 
 
 def put(memory: Memory, place: str, value: object) -> Memory:
@@ -123,19 +134,21 @@ class Protocol:
         return self.go(world, ENGINE, ("filled", slot, sequence))
 
     def team_steps(self, world: World, team: int) -> Iterable[tuple[str, Callable[[], World]]]:
-        where = world.at[team]
+        where, number = world.at[team], team - TEAM0
         if where == "look":
             for slot in range(SLOTS):
-                position = self.read(world, team, f"position {slot}", (0, 0))
-                retired = self.read(world, team, f"retired {slot}", 0)
-                assert isinstance(position, tuple) and isinstance(retired, int)
-                sequence, stage = position
-                if sequence > retired and stage % 2 == team - TEAM0:
-                    yield f"run {sequence}.{stage}", lambda s=slot, p=position: self.run(world, team, s, *p)
+                sequence, stage = self.position(world, team, slot)
+                if sequence and (slot, sequence, stage) not in world.ran[number]:
+                    seen = ("seen", slot, sequence, stage)
+                    yield f"team {number} sees {sequence}.{stage}", lambda w=seen: self.go(world, team, w)
             return
         assert isinstance(where, tuple)
         step, slot, sequence, stage = where
-        if step == "ran" and self.released(world, team, "hand-over"):
+        if step == "seen":
+            yield f"team {number} reads of {sequence}.{stage}", lambda: self.begin(world, team, *where[1:])
+        elif step == "ran" and (len(OWNERS[sequence][stage]) == 1 or self.released(world, team, "count")):
+            yield f"team {number} counts {sequence}.{stage}", lambda: self.count(world, team, *where[1:])
+        elif step == "last" and self.released(world, team, "hand-over"):
             yield (
                 f"hand over {sequence}.{stage + 1}",
                 lambda: self.go(
@@ -150,16 +163,57 @@ class Protocol:
         elif step == "told" and self.released(world, team, "retire"):
             yield f"retire {sequence}", lambda: self.retire(world, team, slot)
 
+    def position(self, world: World, thread: int, slot: int) -> tuple[int, int]:
+        """Of the micro-batch in a slot, (0, 0) if there is none."""
+        position = self.read(world, thread, f"position {slot}", (0, 0))
+        retired = self.read(world, thread, f"retired {slot}", 0)
+        assert isinstance(position, tuple) and isinstance(retired, int)
+        return position if position[0] > retired else (0, 0)
+
+    def begin(self, world: World, team: int, slot: int, sequence: int, stage: int) -> World:
+        """The team reads who runs the stage of the micro-batch that the slot holds now, which may be the next
+        one already; then it looks again whether it is still where it was."""
+        number = team - TEAM0
+        held = self.read(world, team, f"body {slot}", 0)
+        assert isinstance(held, int)
+        stages = OWNERS.get(held, OWNERS[sequence])
+        owners = stages[stage] if stage < len(stages) else ()
+        here = self.position(world, team, slot) == (sequence, stage) or self.mutation == "no second look"
+        if number not in owners or not here:
+            return self.go(world, team, "look")
+        return self.run(world, team, slot, sequence, stage)
+
     def run(self, world: World, team: int, slot: int, sequence: int, stage: int) -> World:
+        number = team - TEAM0
         body = self.read(world, team, f"body {slot}", 0)
         if body != sequence:
             raise Violation(f"{sequence}.{stage} sees the body of {body}")
-        before = self.read(world, team, f"hidden {slot}", None)
-        if stage > 0 and before != (sequence, stage - 1):
-            raise Violation(f"{sequence}.{stage} sees hidden states of {before}")
-        world = self.write(world, team, f"hidden {slot}", (sequence, stage))
-        last = stage + 1 == STAGES[sequence]
-        return self.go(world, team, ("ended" if last else "ran", slot, sequence, stage))
+        for part in range(len(OWNERS[sequence][stage - 1])) if stage else ():
+            before = self.read(world, team, f"hidden {slot} {(stage - 1) % 2} {part}", None)
+            if before != (sequence, stage - 1):
+                raise Violation(f"{sequence}.{stage} sees hidden states of {before}")
+        part = OWNERS[sequence][stage].index(number)
+        world = self.write(world, team, f"hidden {slot} {stage % 2} {part}", (sequence, stage))
+        if self.mutation != "a part twice":
+            ran = list(world.ran)
+            ran[number] = frozenset(place for place in ran[number] if place[0] != slot)
+            ran[number] |= {(slot, sequence, stage)}
+            world = replace(world, ran=tuple(ran))
+        return self.go(world, team, ("ran", slot, sequence, stage))
+
+    def count(self, world: World, team: int, slot: int, sequence: int, stage: int) -> World:
+        """Where a stage has several parts, an atomic addition, which releases too, says who is the last of them."""
+        parts, place = len(OWNERS[sequence][stage]), f"done {slot}"
+        if parts > 1 and self.mutation != "each part hands over":
+            done = dict(world.memory).get(place, 0)
+            assert isinstance(done, int)
+            last = done + 1 >= parts
+            left = done + 1 if not last or self.mutation == "a counter that is kept" else 0
+            world = replace(world, memory=put(world.memory, place, left))
+            if not last:
+                return self.go(world, team, "look")
+        ended = stage + 1 == len(OWNERS[sequence])
+        return self.go(world, team, ("ended" if ended else "last", slot, sequence, stage))
 
     def retire(self, world: World, team: int, slot: int) -> World:
         """As the compiled code: the sequence is read from the slot."""
@@ -181,7 +235,18 @@ def test_every_order_of_the_protocol_is_right() -> None:
 
 @pytest.mark.parametrize(
     "mutation",
-    ["plain submit", "plain hand-over", "plain retire", "one counter of all retired", "reuse at the event"],
+    [
+        "plain submit",
+        "plain hand-over",
+        "plain retire",
+        "plain count",
+        "one counter of all retired",
+        "reuse at the event",
+        "no second look",
+        "a part twice",
+        "each part hands over",
+        "a counter that is kept",
+    ],
 )
 def test_no_part_of_the_protocol_can_be_left_out(mutation: str) -> None:
     protocol = Protocol(mutation)

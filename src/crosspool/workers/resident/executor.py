@@ -92,7 +92,8 @@ class ResidentExecutor:
         self._piped = False
         self._broken: Exception | None = None
         self._closed = False
-        self._crews = self._make_crews(topology, backends, stage_addresses(compiling))
+        stages = stage_addresses(compiling, spread=len(places.devices) > 1)
+        self._crews = self._make_crews(topology, backends, stages)
         self._threads = [
             threading.Thread(
                 target=self._run,

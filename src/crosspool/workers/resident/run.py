@@ -29,21 +29,26 @@ STAGES: dict[int, Entry] = {
     MLA_STAGE: mla_stage,
     FFN_STAGE: ffn_stage,
     HEAD_STAGE: head_stage,
+}
+SPREAD_STAGES: dict[int, Entry] = {
     GQA_SPREAD_STAGE: gqa_spread_stage,
     MLA_SPREAD_STAGE: mla_spread_stage,
 }
 
 
-def stage_addresses(report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+def stage_addresses(
+    report: Callable[[int, int], None] = lambda done, total: None, *, spread: bool = True
+) -> np.ndarray:
     """The stages' addresses, int64 [6]; compiled first where they are not in the cache folder.
 
-    ``report(done, total)`` is called as they come.
+    Those of contexts on several devices are 0 unless ``spread``. ``report(done, total)`` is called as they come.
     """
-    addresses = np.zeros(len(STAGES), np.int64)
-    for done, (kind, stage) in enumerate(STAGES.items()):
-        report(done, len(STAGES))
+    stages = STAGES | SPREAD_STAGES if spread else STAGES
+    addresses = np.zeros(len(STAGES) + len(SPREAD_STAGES), np.int64)
+    for done, (kind, stage) in enumerate(stages.items()):
+        report(done, len(stages))
         addresses[kind] = stage.address
-    report(len(STAGES), len(STAGES))
+    report(len(stages), len(stages))
     return addresses
 
 
