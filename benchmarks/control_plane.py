@@ -20,7 +20,7 @@ from machine import describe
 from crosspool.build.control import PoolPlan, assemble
 from crosspool.core.batch import Event, Grant, RetiredEvent, TokenEvent, row_after
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
-from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
 from crosspool.core.kv_layout import choose_page_bytes, make_layout
 from crosspool.core.request import Request
@@ -144,7 +144,7 @@ def per_page(seconds: float) -> dict[str, object]:
         while time.monotonic() < deadline:
             began = time.perf_counter()
             for _ in range(1000):
-                pages.release(pages.allocate(count) or ())
+                pages.release(pages.allocate(count, KvDevice(0)) or ())
             samples.append((time.perf_counter() - began) / (1000 * count) * 1e6)
         result[f"median_us_per_page_{count}_at_a_time"] = round(statistics.median(samples), 3)
     return result

@@ -111,13 +111,11 @@ def pieces(in_flight: InFlight, teams: int) -> list[tuple[int, Half, Piece, int,
     """(layer, half, piece, team, part) in order."""
     seen = []
     while len(in_flight):
-        tasks = [in_flight.start(Team(team), ZERO) for team in range(teams)]
+        started = [in_flight.start(Team(team), ZERO) for team in range(teams)]
+        tasks = [task for task in started if task is not None]
+        seen += [(task.layer, task.half, task.piece, int(task.team), task.part) for task in tasks]
         for task in tasks:
-            if task is not None:
-                seen.append((task.layer, task.half, task.piece, int(task.team), task.part))
-        for task in tasks:
-            if task is not None:
-                in_flight.finish(task, ZERO)
+            in_flight.finish(task, ZERO)
     return seen
 
 
@@ -151,7 +149,8 @@ def test_the_end_of_a_half_waits_for_every_part() -> None:
 
 
 def test_what_is_left_of_a_half_in_pieces_comes_first_and_is_one_task_to_a_token() -> None:
-    """A prefill's half has begun when a late token comes: the token waits for all of it, and for nothing more."""
+    """A prefill's half has begun when a late token comes: the token waits for all of it, and for nothing
+    more."""
     in_flight = InFlight(THREE, lambda _: 4)
     in_flight.submit(grant(0, Phase.PREFILL, chooses=False, elsewhere=(1,)), ZERO)
     begin = in_flight.start(Team(0), ZERO)

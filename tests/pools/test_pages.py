@@ -12,20 +12,22 @@ from crosspool.pools.pages import PageAllocator
 
 pytestmark = pytest.mark.unit
 
+HOME = KvDevice(0)
+
 
 def test_all_or_nothing() -> None:
     pages = PageAllocator(5)
-    first = pages.allocate(3)
+    first = pages.allocate(3, HOME)
     assert first is not None and len(set(first)) == 3
-    assert pages.allocate(3) is None and pages.free == 2
-    assert pages.allocate(0) == []
+    assert pages.allocate(3, HOME) is None and pages.free == 2
+    assert pages.allocate(0, HOME) == []
     pages.release(first)
     assert pages.free == 5
 
 
 def test_a_shared_page_is_free_after_its_last_holder() -> None:
     pages = PageAllocator(2)
-    held = pages.allocate(1)
+    held = pages.allocate(1, HOME)
     assert held is not None
     pages.retain(held)
     pages.release(held)
@@ -37,7 +39,7 @@ def test_a_shared_page_is_free_after_its_last_holder() -> None:
 
 def test_what_must_not_happen_is_an_error() -> None:
     pages = PageAllocator(3)
-    held = pages.allocate(1)
+    held = pages.allocate(1, HOME)
     assert held is not None
     with pytest.raises(InvariantError, match="in 0 tables but has 1 references"):
         pages.check([])

@@ -26,8 +26,8 @@ class Half(IntEnum):
 
 
 class Piece(IntEnum):
-    """What of an attention half a task is: all of it, or, where rows have pages on several KV devices, its begin
-    at home, one device's part of the context, or its end at home."""
+    """What of an attention half a task is: all of it, or, where rows have pages on several KV devices, its
+    begin at home, one device's part of the context, or its end at home."""
 
     WHOLE = 0
     BEGIN = 1

@@ -12,8 +12,8 @@ GrantId = NewType("GrantId", int)
 """A grant's submission number: monotonic, so it is also the submission order."""
 
 PageId = NewType("PageId", int)
-"""A page's place in the KV pool, whose devices' pages follow one another (core/device_pages.py): its bytes start
-at ``page_id * page_bytes``."""
+"""A page's place in the KV pool, whose devices' pages follow one another (core/device_pages.py): its bytes
+start at ``page_id * page_bytes``."""
 
 KvDevice = NewType("KvDevice", int)
 """Index into the configured list of KV devices."""

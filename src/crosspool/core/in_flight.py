@@ -5,8 +5,8 @@ simulator in virtual time. Each pass of a micro-batch is: attention and FFN of l
 last the head (final norm, LM head, token choice) on the attention side.
 
 If rows have pages on other devices than their home, each attention half is three tasks: its begin at home,
-a part of the context on every device that has some, and its end at home. To the order rule these are one task:
-once it has begun, what is left of it comes first.
+a part of the context on every device that has some, and its end at home. To the order rule these are one
+task: once it has begun, what is left of it comes first.
 """
 
 from __future__ import annotations

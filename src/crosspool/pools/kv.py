@@ -185,7 +185,9 @@ class KvPool:
         for table in tables:
             own = Counter(map(self.places.device_of, table.held()))
             if table.held_on != [own[device] for device in self.devices]:
-                raise InvariantError(f"a table of model {table.model} counts {table.held_on} pages, not {own}")
+                raise InvariantError(
+                    f"a table of model {table.model} counts {table.held_on} pages, not {own}"
+                )
             held.extend(table.held())
             by_model[table.model] += table.pages
         self._allocator.check(held)

@@ -35,7 +35,7 @@ class PageAllocator:
     def free_on(self, device: KvDevice) -> int:
         return len(self._free[device])
 
-    def allocate(self, count: int, home: KvDevice = KvDevice(0)) -> list[PageId] | None:
+    def allocate(self, count: int, home: KvDevice) -> list[PageId] | None:
         """``count`` pages with one reference each, or None (and nothing taken) if there are not so many.
 
         They are of device ``home``; what it lacks, of the others, from that with most free pages on.
@@ -62,18 +62,19 @@ class PageAllocator:
 
         Raises InvariantError for a page that nobody holds.
         """
-        references, device_of = self._references, self.places.device_of
+        references, only = self._references, self._free[0] if len(self._free) == 1 else None
         for page in pages:
             left = references[page] - 1
             if left < 0:
                 raise InvariantError(f"page {page} is released but nobody holds it")
             references[page] = left
             if left == 0:
-                self._free[device_of(page)].append(page)
+                free = self._free[self.places.device_of(page)] if only is None else only
+                free.append(page)
 
     def check(self, held: Iterable[PageId]) -> None:
-        """Raise InvariantError unless ``held`` (repeats for shared pages) and the free lists are all pages, each
-        free one in its device's list."""
+        """Raise InvariantError unless ``held`` (repeats for shared pages) and the free lists are all pages,
+        each free one in its device's list."""
         counts = [0] * self.total
         for page in held:
             counts[page] += 1

@@ -4,9 +4,9 @@ Threads write to memory through a set of pending writes, any of which may reach 
 waits until none is pending, a plain write joins them. So whatever a missing release would allow on any CPU
 happens here. Reads are of memory, newest own pending write first.
 
-Two teams run the stages of micro-batches, some of them together, each its part (an FFN that devices share, or a
-context whose blocks they share), and the engine's thread submits more micro-batches than there are slots. Every
-stage checks that body and hidden states are of its micro-batch and of all parts of the stage before.
+Two teams run the stages of micro-batches, some of them together, each its part (an FFN that devices share, or
+a context whose blocks they share), and the engine's thread submits more micro-batches than there are slots.
+Every stage checks that body and hidden states are of its micro-batch and of all parts of the stage before.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ ENGINE, TEAM0, TEAM1 = range(3)
 @dataclass(frozen=True)
 class World:
     """``memory`` and each thread's ``pending`` writes, sorted by place; ``at`` is where each thread is in
-    its steps; ``slot_of`` the slots by sequence; ``events`` the sequences whose end was announced; ``ran`` what
-    each team has run last in each slot."""
+    its steps; ``slot_of`` the slots by sequence; ``events`` the sequences whose end was announced; ``ran``
+    what each team has run last in each slot."""
 
     memory: Memory = ()
     pending: tuple[Memory, Memory, Memory] = ((), (), ())
@@ -202,7 +202,8 @@ class Protocol:
         return self.go(world, team, ("ran", slot, sequence, stage))
 
     def count(self, world: World, team: int, slot: int, sequence: int, stage: int) -> World:
-        """Where a stage has several parts, an atomic addition, which releases too, says who is the last of them."""
+        """Where a stage has several parts, an atomic addition, which releases too, says who is the last of
+        them."""
         parts, place = len(OWNERS[sequence][stage]), f"done {slot}"
         if parts > 1 and self.mutation != "each part hands over":
             done = dict(world.memory).get(place, 0)

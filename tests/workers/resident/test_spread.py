@@ -126,7 +126,8 @@ def reports(sequence: HandMade) -> list[object]:
 
 
 def read_in_chunks(it, sequence: HandMade, neighbour: HandMade | None = None) -> None:
-    """The long prompt, with the first token of it in the last chunk; the short one beside it in the last but one."""
+    """The long prompt, with the first token of it in the last chunk; the short one beside it in the last but
+    one."""
     for number, tokens in enumerate(CHUNKS):
         rows = [(sequence, tokens, int(number == len(CHUNKS) - 1))]
         if neighbour is not None and number == len(CHUNKS) - 2:
@@ -137,7 +138,8 @@ def read_in_chunks(it, sequence: HandMade, neighbour: HandMade | None = None) ->
 @pytest.mark.parametrize("lent", LENT)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_bits_are_those_of_one_device(typed, alone, name, lent):
-    """Prompt in chunks and decode, beside a neighbour that is whole at home; log-probabilities to the last bit."""
+    """Prompt in chunks and decode, beside a neighbour that is whole at home; log-probabilities to the last
+    bit."""
     with rig(typed[name], resident=True, **TWO) as it:
         far = it.sequence(PROMPT, MADE, lent=LENT[lent], params=REPORTING)
         near = it.sequence(SHORT, MADE, params=REPORTING)
@@ -169,7 +171,9 @@ def test_in_many_rounds(typed, alone, name, threads, monkeypatch):
     """As where a long prompt's states would take too much memory: a few queries at a time."""
     monkeypatch.setattr(spread, "KEPT_BYTES", 20_000)
     with rig(typed[name], resident=True, threads=threads, **TWO) as it:
-        far, near = (it.sequence(p, MADE, lent=LENT["page by page"], params=REPORTING) for p in (PROMPT, SHORT))
+        far, near = (
+            it.sequence(p, MADE, lent=LENT["page by page"], params=REPORTING) for p in (PROMPT, SHORT)
+        )
         read_in_chunks(it, far, near)
         it.finish(it.decode(MADE - 1, far, near))
         assert [reports(far), reports(near)] == alone[name]
@@ -189,7 +193,9 @@ def test_the_reference_serves_them_too(typed, name):
 @pytest.mark.parametrize("name", ["gqa 2", "mla"])
 def test_a_cancelled_row_leaves_and_the_others_go_on(typed, alone, name, resident):
     with rig(typed[name], resident=resident, **TWO) as it:
-        far, gone = (it.sequence(p, MADE, lent=LENT["page by page"], params=REPORTING) for p in (PROMPT, SHORT))
+        far, gone = (
+            it.sequence(p, MADE, lent=LENT["page by page"], params=REPORTING) for p in (PROMPT, SHORT)
+        )
         read_in_chunks(it, far, gone)
         grant = it.decode(MADE - 1, far, gone)
         it.executor.wait(60)
@@ -205,7 +211,9 @@ def test_a_page_where_the_grant_names_no_device_is_refused(typed):
         submit, grants = it.executor.submit, []
         it.executor.submit = grants.append
         it.grant(Phase.PREFILL, [(it.sequence(PROMPT, MADE, lent=LENT["all elsewhere"]), 64, 0)])
-        with pytest.raises(InvariantError, match="request 0 has pages on a KV device that its grant does not"):
+        with pytest.raises(
+            InvariantError, match="request 0 has pages on a KV device that its grant does not"
+        ):
             submit(replace(grants[0], elsewhere=(KvDevice(2),)))
 
 

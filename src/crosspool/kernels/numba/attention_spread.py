@@ -1,9 +1,9 @@
 """Attention of a pass whose context lies on several devices: each computes the blocks that it has.
 
 A block belongs to one device, wherever its positions are cut by pages. Its states (attention_block.py) do not
-depend on who computes them, and are merged in the order of blocks by the rows' home, as on one device: so are the
-bits of the result. States of all queries at once would take too much memory for a long prompt, so queries go
-in rounds: all devices compute those of a round, then the home merges them.
+depend on who computes them, and are merged in the order of blocks by the rows' home, as on one device: so are
+the bits of the result. States of all queries at once would take too much memory for a long prompt, so queries
+go in rounds: all devices compute those of a round, then the home merges them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from crosspool.kernels.numba.team import claim, meet, share
 HEADS_AT_ONCE = 4
 
 FIRST_UNIT, FIRST_QUERY, FIRST_STATE, FIRST_OWN, PLAN_WORDS = range(5)
-"""Of each row in a round: the numbers of its first unit of work, of its first query, of its first state (one for a
-query and block, of all heads), and which of this part's blocks is the first that it sees."""
+"""Of each row in a round: the numbers of its first unit of work, of its first query, of its first state (one
+for a query and block, of all heads), and which of this part's blocks is the first that it sees."""
 
 
 class Spread(NamedTuple):
     """Whose blocks are whose, and which round this is.
 
-    ``blocks[(r * groups + g) * parts + p]`` is the address of int64 [1 + n]: n, and the numbers, ascending, of
-    the blocks of row r in layer group g that device number p computes. Of a row's Q queries, those from ``Q *
-    round // rounds`` to ``Q * (round + 1) // rounds - 1`` belong to a round.
+    ``blocks[(r * groups + g) * parts + p]`` is the address of int64 [1 + n]: n, and the numbers, ascending,
+    of the blocks of row r in layer group g that device number p computes. Of a row's Q queries, those from
+    ``Q * round // rounds`` to ``Q * (round + 1) // rounds - 1`` belong to a round.
     """
 
     parts: int
@@ -56,8 +56,8 @@ def spread_mine_bytes(shape: AttentionShape, rows: int) -> int:
 
 @kernel
 def attend_part(shared, own, shape, batch, kv, spread, part, query, states, mine):
-    """All threads of one device: the states of the round's queries over this part's blocks, to address ``states``
-    [query and block, heads], where other devices write theirs at the same time.
+    """All threads of one device: the states of the round's queries over this part's blocks, to address
+    ``states`` [query and block, heads], where other devices write theirs at the same time.
 
     ``query`` is the address of the pass's queries [T, heads, key_width]; its KV is in the pages. Returns when
     every thread is done.
@@ -78,8 +78,8 @@ def attend_part(shared, own, shape, batch, kv, spread, part, query, states, mine
 
 @kernel
 def merge_parts(shared, own, shape, batch, kv, spread, states, mine, attended):
-    """All threads at home, when every part is done: the results of the round's queries, to address ``attended``
-    [T, heads, value_width] in model dtype. Returns when every thread is done."""
+    """All threads at home, when every part is done: the results of the round's queries, to address
+    ``attended`` [T, heads, value_width] in model dtype. Returns when every thread is done."""
     plan = words(mine, PLAN_WORDS * batch.rows)
     _plan(shape, batch, kv, spread, np.int64(0), plan)
     last = batch.rows - 1
@@ -101,8 +101,8 @@ def merge_parts(shared, own, shape, batch, kv, spread, states, mine, attended):
 
 @kernel
 def _plan(shape, batch, kv, spread, part, plan):
-    """Fill the plan of every row for a part; returns how many units there are. A unit is a tile of queries and
-    one block."""
+    """Fill the plan of every row for a part; returns how many units there are. A unit is a tile of queries
+    and one block."""
     units, queries, states = 0, 0, 0
     for row in range(batch.rows):
         count, begin, end = _count(batch, spread, row), _first_block(batch, kv, row), _end_block(batch, row)

@@ -98,11 +98,11 @@ def gqa_room_bytes(fields: np.ndarray, tokens: int) -> int:
 
 
 def gqa_spread_room_bytes(fields: np.ndarray, tokens: int, states: int) -> int:
-    """Room of a pass that is spread over devices, of up to ``tokens`` tokens, where that of ``states`` pairs of
-    a query and a block is kept."""
+    """Room of a pass that is spread over devices, of up to ``tokens`` tokens, where that of ``states`` pairs
+    of a query and a block is kept."""
     kept = int(_room(0, fields, tokens, FLOAT32).kept)
     shape = _shape(fields, FLOAT32, 1)
-    return CACHE_LINE + kept + states * shape.heads * int(state_bytes(shape))
+    return CACHE_LINE + kept + states * int(shape.heads * state_bytes(shape))
 
 
 def gqa_mine_bytes(fields: np.ndarray, rows: int) -> int:
@@ -135,7 +135,8 @@ def gqa_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
 def gqa_begin(shared, own, fields, normed, batch, kv, room, mine):
     """All threads at home: the begin of a half that is spread over devices. The pass's keys and values are in
     their pages then, and its queries in ``room``, which is the pass's own, see gqa_spread_room_bytes."""
-    places, shape = _room(room, fields, batch.queries, batch.dtype), _shape(fields, batch.dtype, kv.tokens_per_page)
+    places = _room(room, fields, batch.queries, batch.dtype)
+    shape = _shape(fields, batch.dtype, kv.tokens_per_page)
     _project(shared, own, fields, normed, batch, places, mine)
     _prepare(shared, own, fields, shape, batch, kv, places, mine)
 
@@ -143,7 +144,8 @@ def gqa_begin(shared, own, fields, normed, batch, kv, room, mine):
 @kernel
 def gqa_part(shared, own, fields, batch, kv, spread, part, room, mine):
     """All threads of one device: its part of the context, for the queries of a round."""
-    places, shape = _room(room, fields, batch.queries, batch.dtype), _shape(fields, batch.dtype, kv.tokens_per_page)
+    places = _room(room, fields, batch.queries, batch.dtype)
+    shape = _shape(fields, batch.dtype, kv.tokens_per_page)
     attend_part(
         shared, own, shape, batch, kv, spread, part, places.query, places.kept, mine + fields[SCRATCH]
     )
@@ -152,10 +154,9 @@ def gqa_part(shared, own, fields, batch, kv, spread, part, room, mine):
 @kernel
 def gqa_end(shared, own, fields, batch, kv, spread, room, mine, hidden):
     """All threads at home: merge a round, and after the last one add the half's result to ``hidden``."""
-    places, shape = _room(room, fields, batch.queries, batch.dtype), _shape(fields, batch.dtype, kv.tokens_per_page)
-    merge_parts(
-        shared, own, shape, batch, kv, spread, places.kept, mine + fields[SCRATCH], places.attended
-    )
+    places = _room(room, fields, batch.queries, batch.dtype)
+    shape = _shape(fields, batch.dtype, kv.tokens_per_page)
+    merge_parts(shared, own, shape, batch, kv, spread, places.kept, mine + fields[SCRATCH], places.attended)
     if spread.round == spread.rounds - 1:
         output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
         project_all(shared, own, output, bias, places.attended, batch, hidden, ADDS, mine)

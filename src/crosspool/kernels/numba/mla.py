@@ -54,7 +54,6 @@ from crosspool.kernels.numba.mla_fields import (
 from crosspool.kernels.numba.projection import project, projection_units
 from crosspool.kernels.numba.team import claim, meet, share
 
-
 KEPT, MERGED = np.int64(0), np.int64(1)
 """What attention has left: states to be merged, or results. Variables to Numba, see attention_parts.py."""
 
@@ -126,10 +125,10 @@ def mla_room_bytes(fields: np.ndarray, tokens: int) -> int:
 
 
 def mla_spread_room_bytes(fields: np.ndarray, tokens: int, states: int) -> int:
-    """Room of a pass that is spread over devices, of up to ``tokens`` tokens, where that of ``states`` pairs of
-    a query and a block is kept."""
+    """Room of a pass that is spread over devices, of up to ``tokens`` tokens, where that of ``states`` pairs
+    of a query and a block is kept."""
     shape = _shape(fields)
-    return CACHE_LINE + int(_room(0, fields, tokens).kept) + states * shape.heads * int(state_bytes(shape))
+    return CACHE_LINE + int(_room(0, fields, tokens).kept) + states * int(shape.heads * state_bytes(shape))
 
 
 def mla_mine_bytes(fields: np.ndarray, rows: int) -> int:
@@ -159,8 +158,8 @@ def mla_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
 
 @kernel
 def mla_begin(shared, own, fields, normed, batch, kv, room, mine):
-    """All threads at home: the begin of a half that is spread over devices. The pass's latents are in their pages
-    then, and its queries in ``room``, which is the pass's own, see mla_spread_room_bytes."""
+    """All threads at home: the begin of a half that is spread over devices. The pass's latents are in their
+    pages then, and its queries in ``room``, which is the pass's own, see mla_spread_room_bytes."""
     places = _room(room, fields, batch.queries)
     _project(shared, own, fields, normed, batch, places, mine)
     _absorb(shared, own, fields, batch, kv, places, mine)
@@ -179,9 +178,7 @@ def mla_part(shared, own, fields, batch, kv, spread, part, room, mine):
 def mla_end(shared, own, fields, batch, kv, spread, room, mine, hidden):
     """All threads at home: merge a round, and after the last one add the half's result to ``hidden``."""
     places, shape = _room(room, fields, batch.queries), _shape(fields)
-    merge_parts(
-        shared, own, shape, batch, kv, spread, places.kept, mine + fields[SCRATCH], places.attended
-    )
+    merge_parts(shared, own, shape, batch, kv, spread, places.kept, mine + fields[SCRATCH], places.attended)
     if spread.round == spread.rounds - 1:
         _expand(shared, own, fields, batch, kv, places, MERGED, mine)
         output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
@@ -280,8 +277,8 @@ def _absorb_head(fields, batch, head, piece, room, mine):
 
 @kernel
 def _expand(shared, own, fields, batch, kv, room, merged, mine):
-    """Attended latents into values. A unit is a head of a block of tokens: before it, unless that is ``merged``,
-    what attention has kept of them is put together."""
+    """Attended latents into values. A unit is a head of a block of tokens: before it, unless that is
+    ``merged``, what attention has kept of them is put together."""
     blocks = -(-batch.queries // VECTORS_AT_ONCE)
     share(own, fields[HEADS] * blocks)
     unit = claim(shared, own)

@@ -13,8 +13,9 @@ BODY_WORDS = 32
 """ROW_NUMBERS are the rows of a pass; STARTS, FIRSTS, ROW_OF and TABLES as in kernels/numba/batch.py Pass;
 INPUTS its token ids; CHOOSERS the last query of each of its rows that chooses a token. STREAM (the residual
 stream), NORMED (what the next half reads) and OUTPUTS (what each of PARTS devices has made of it, one after
-another) are [T, H] in model dtype. Of rows whose context KV_PARTS devices share (0: all is at home): BLOCKS and
-ROUNDS as in kernels/numba/attention_spread.py Spread, and the HALF_ROOM that the pieces of a half share."""
+another) are [T, H] in model dtype. Of rows whose context KV_PARTS devices share (0: all is at home): BLOCKS
+and ROUNDS as in kernels/numba/attention_spread.py Spread, and the HALF_ROOM that the pieces of a half
+share."""
 
 ALIVE, DONE, FIRST, COUNT, ROW_INPUTS, ROW_TABLES, CHOICE, STEPS = range(8)
 MADE, REMAINING, STOPS, STOP_COUNT, STOPS_AFTER, NEXT, CHOICE_LENGTH, PIPED, ROW_BLOCKS = range(8, 17)

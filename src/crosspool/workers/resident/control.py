@@ -50,8 +50,8 @@ RECALLED = 6 * LINE
 """Set by the engine's thread: retire at the next step boundary."""
 
 WIDTH, SPREAD = 6 * LINE + 1, 6 * LINE + 2
-"""Written with the descriptor. WIDTH: stages of a layer (order.py). SPREAD: bit t is set if team t has a part of the
-context of some row; 0 if all of it is at home."""
+"""Written with the descriptor. WIDTH: stages of a layer (order.py). SPREAD: bit t is set if team t has a part
+of the context of some row; 0 if all of it is at home."""
 
 ATTENTION_TIME, ATTENTION_TASKS, FFN_TIME, FFN_TASKS = range(7 * LINE, 7 * LINE + 4)
 

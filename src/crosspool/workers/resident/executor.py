@@ -53,11 +53,10 @@ class _InFlight:
 class ResidentExecutor:
     """Teams of pinned threads run micro-batches in compiled code (loop.py) until the executor closes.
 
-    ``backends`` are in the order of ``topology.teams``. ``arena`` is uint8 [pages, page_bytes], the pages of all KV
-    devices as ``places`` says. ``most_tokens`` and ``most_rows`` bound every micro-batch: the scratch is for so
-    many. With ``tasks`` the teams return to
-    Python after so many layer tasks: what it costs is what lowering saves. ``compiling`` is told how many of
-    the compiled stages are there.
+    ``backends`` are in the order of ``topology.teams``. ``arena`` is uint8 [pages, page_bytes], the pages of
+    all KV devices as ``places`` says. ``most_tokens`` and ``most_rows`` bound every micro-batch: the scratch
+    is for so many. With ``tasks`` the teams return to Python after so many layer tasks: what it costs is what
+    lowering saves. ``compiling`` is told how many of the compiled stages are there.
     """
 
     def __init__(

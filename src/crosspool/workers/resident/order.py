@@ -58,8 +58,8 @@ def model_of(crew, slot):
     return model_at(words(crew[MODELS], slot[MODEL] + 1)[slot[MODEL]])
 
 
-# Each layer has WIDTH stages, the last of them its FFN; the head is the last stage of a pass. The attention half is
-# one stage, or, where rows have pages elsewhere, one piece after another (spread_stages.py).
+# Each layer has WIDTH stages, the last of them its FFN; the head is the last stage of a pass. The attention
+# half is one stage, or, where rows have pages elsewhere, one piece after another (spread_stages.py).
 
 
 @inline
@@ -80,7 +80,8 @@ def is_ffn(slot, stage):
 
 @inline
 def continues_half(slot, stage):
-    """Whether a stage is a piece of an attention half that has begun: to the order rule, the rest of one task."""
+    """Whether a stage is a piece of an attention half that has begun: to the order rule, the rest of one
+    task."""
     return 0 < stage % slot[WIDTH] < slot[WIDTH] - 1
 
 
@@ -120,8 +121,8 @@ def teams_of(crew, slot, stage):
 
 @inline
 def own_part(crew, slot, stage):
-    """Which part of a stage is this team's (0 where a stage is not shared), or -1. Parts of the context are in the
-    order of their teams."""
+    """Which part of a stage is this team's (0 where a stage is not shared), or -1. Parts of the context are
+    in the order of their teams."""
     number = crew[NUMBER]
     if is_ffn(slot, stage):
         for part in range(parts_of(crew, slot, stage)):
@@ -181,15 +182,16 @@ def choose_task(crew_address, table, now):
 
 @inline
 def _has_changed(address, position):
-    """Whether a slot has meanwhile left a position: what was read of it may then be of its next micro-batch."""
+    """Whether a slot has meanwhile left a position: what was read of it may then be of its next
+    micro-batch."""
     full_fence()
     return position_of(address) != position
 
 
 @kernel
 def note_begin(crew_address, table, column, now):
-    """A team begins the task of a column. The first part and piece of a prefill's goes before every decode that
-    it delays (core/in_flight.py)."""
+    """A team begins the task of a column. The first part and piece of a prefill's goes before every decode
+    that it delays (core/in_flight.py)."""
     crew = words(crew_address, CREW_WORDS)
     index = table[INDEX, column]
     address = slot_at(crew, index)

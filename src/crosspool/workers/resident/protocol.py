@@ -68,8 +68,8 @@ def position_of(slot):
 
 @inline
 def is_last_part(slot, parts):
-    """A team is done with its part of a stage of so many: whether all are done now, and their results seen. Then this
-    team says what comes next."""
+    """A team is done with its part of a stage of so many: whether all are done now, and their results seen.
+    Then this team says what comes next."""
     if parts == 1:
         return True
     if fetch_add(slot + 8 * PARTS_DONE, 1) + 1 < parts:

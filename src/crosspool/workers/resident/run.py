@@ -41,7 +41,8 @@ def stage_addresses(
 ) -> np.ndarray:
     """The stages' addresses, int64 [6]; compiled first where they are not in the cache folder.
 
-    Those of contexts on several devices are 0 unless ``spread``. ``report(done, total)`` is called as they come.
+    Those of contexts on several devices are 0 unless ``spread``. ``report(done, total)`` is called as they
+    come.
     """
     stages = STAGES | SPREAD_STAGES if spread else STAGES
     addresses = np.zeros(len(STAGES) + len(SPREAD_STAGES), np.int64)

@@ -10,7 +10,6 @@ import numpy as np
 from crosspool.core.batch import Grant, Row
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import KvDevice
 from crosspool.kernels.numba.batch import BLOCK
 from crosspool.workers.resident.control import STAGE_BITS
 from crosspool.workers.resident.model import ResidentModel
@@ -21,9 +20,9 @@ KEPT_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class SpreadContext:
-    """``blocks[row][group][part]`` are the numbers of a row's blocks that one device computes, int64; parts are in
-    the order of the devices' teams. A block that lies on two devices is computed by that which has its last
-    position: on the CPU it can read the other's memory. ``rounds`` and ``states`` as in
+    """``blocks[row][group][part]`` are the numbers of a row's blocks that one device computes, int64; parts
+    are in the order of the devices' teams. A block that lies on two devices is computed by that which has its
+    last position: on the CPU it can read the other's memory. ``rounds`` and ``states`` as in
     kernels/numba/attention_spread.py and gqa_spread_room_bytes.
     """
 
@@ -67,8 +66,8 @@ def _blocks_of(row: Row) -> int:
 def _split(
     pages: Sequence[int], row: Row, tokens_per_page: int, places: DevicePages, part_of: np.ndarray, home: int
 ) -> tuple[np.ndarray, ...]:
-    """The row's blocks in one layer group, by part. What has been given back is counted to the home: nobody sees
-    it."""
+    """The row's blocks in one layer group, by part. What has been given back is counted to the home: nobody
+    sees it."""
     ends = BLOCK * (np.arange(_blocks_of(row)) + 1) - 1
     last = np.asarray(pages, np.int64)[np.minimum(ends // tokens_per_page, len(pages) - 1)]
     owners = part_of[np.searchsorted(places.starts, np.maximum(last, 0), "right") - 1]
@@ -79,8 +78,8 @@ def _split(
 
 
 def _rounds(grant: Grant, model: ResidentModel) -> tuple[int, int]:
-    """The fewest rounds whose states fit KEPT_BYTES, and how many states a round has. A round has a query of each row
-    at least, and rounds have to be stages that a position can count."""
+    """The fewest rounds whose states fit KEPT_BYTES, and how many states a round has. A round has a query of
+    each row at least, and rounds have to be stages that a position can count."""
     most = ((1 << STAGE_BITS) // grant.steps - 1) // model.spec.num_layers // 2 - 1
     most = min(most, max(len(row.tokens) for row in grant.rows))
     rounds = 1

@@ -1,8 +1,8 @@
 """The attention half of a layer in pieces, for a pass whose context lies on several devices: see stages.py.
 
-Piece 0 is its begin, at home. Then in each round, on all devices together, their parts (odd pieces), and at home
-the merge (even pieces), the last of which ends the half. The pieces share the body's HALF_ROOM: between them, teams
-run other micro-batches in their own.
+Piece 0 is its begin, at home. Then in each round, on all devices together, their parts (odd pieces), and at
+home the merge (even pieces), the last of which ends the half. The pieces share the body's HALF_ROOM: between
+them, teams run other micro-batches in their own.
 """
 
 from __future__ import annotations
