@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from transformers import DeepseekV2Config, MistralConfig, Qwen3MoeConfig
 
 from crosspool.core.batch import Phase
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import KvDevice
 from crosspool.core.sampling import SamplingParams
 from crosspool.workers.resident import spread
+from helpers_long_models import CONFIGS
 from helpers_models import random_model, save_model
 from helpers_workers import HandMade, TinyModel, rig
 
@@ -36,60 +36,6 @@ LENT = {
     "page by page": lambda chunk: chunk % 2,
     "spilled over": lambda chunk: int(chunk >= 9),
     "all elsewhere": lambda chunk: 1,
-}
-
-
-def gqa(kv_heads: int) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=40,
-        moe_intermediate_size=14,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        num_experts=5,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-
-
-CONFIGS = {
-    "gqa 1": gqa(1),
-    "gqa 2": gqa(2),
-    "gqa 3": gqa(3),
-    "window": MistralConfig(
-        vocab_size=97,
-        hidden_size=36,
-        intermediate_size=50,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=12,
-        sliding_window=300,
-        max_position_embeddings=2048,
-    ),
-    "mla": DeepseekV2Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=40,
-        moe_intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        n_routed_experts=6,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        q_lora_rank=None,
-        kv_lora_rank=20,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=8,
-        max_position_embeddings=2048,
-    ),
 }
 
 
@@ -150,7 +96,7 @@ def test_the_bits_are_those_of_one_device(typed, alone, name, lent):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["gqa 2", "mla"])
+@pytest.mark.parametrize("name", ["gqa-2", "mla"])
 def test_on_every_placement_and_from_every_home(typed, alone, name, placement):
     """Two of them cross: each has its pages where the other is at home."""
     with rig(typed[name], resident=True, **PLACEMENTS[placement]) as it:
@@ -166,7 +112,7 @@ def test_on_every_placement_and_from_every_home(typed, alone, name, placement):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["gqa 3", "mla"])
+@pytest.mark.parametrize("name", ["gqa-3", "mla"])
 def test_in_many_rounds(typed, alone, name, threads, monkeypatch):
     """As where a long prompt's states would take too much memory: a few queries at a time."""
     monkeypatch.setattr(spread, "KEPT_BYTES", 20_000)
@@ -179,7 +125,7 @@ def test_in_many_rounds(typed, alone, name, threads, monkeypatch):
         assert [reports(far), reports(near)] == alone[name]
 
 
-@pytest.mark.parametrize("name", ["gqa 2", "mla"])
+@pytest.mark.parametrize("name", ["gqa-2", "mla"])
 def test_the_reference_serves_them_too(typed, name):
     made = []
     for how in ({}, TWO):
@@ -190,7 +136,7 @@ def test_the_reference_serves_them_too(typed, name):
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("name", ["gqa 2", "mla"])
+@pytest.mark.parametrize("name", ["gqa-2", "mla"])
 def test_a_cancelled_row_leaves_and_the_others_go_on(typed, alone, name, resident):
     with rig(typed[name], resident=resident, **TWO) as it:
         far, gone = (
@@ -207,7 +153,7 @@ def test_a_cancelled_row_leaves_and_the_others_go_on(typed, alone, name, residen
 
 
 def test_a_page_where_the_grant_names_no_device_is_refused(typed):
-    with rig(typed["gqa 2"], resident=True, **PLACEMENTS["three"]) as it:
+    with rig(typed["gqa-2"], resident=True, **PLACEMENTS["three"]) as it:
         submit, grants = it.executor.submit, []
         it.executor.submit = grants.append
         it.grant(Phase.PREFILL, [(it.sequence(PROMPT, MADE, lent=LENT["all elsewhere"]), 64, 0)])
@@ -219,7 +165,7 @@ def test_a_page_where_the_grant_names_no_device_is_refused(typed):
 
 def test_blocks_are_of_the_device_that_has_their_last_position(saved):
     """Pages of 42 positions: the third block ends on page 18, the fourth within the last one."""
-    with rig(TinyModel.load(saved["gqa 2"], "bfloat16"), resident=True, **TWO) as it:
+    with rig(TinyModel.load(saved["gqa-2"], "bfloat16"), resident=True, **TWO) as it:
         model, teams = it.executor._models[0], (1, 0)
         assert model.layout.tokens_per_page == 42
         grants = []
