@@ -102,8 +102,8 @@ class Told:
 @pytest.mark.parametrize("name", ["gqa-1", "gqa-2", "gqa-3", "mla"])
 @pytest.mark.parametrize("kernels", Kernels)
 def test_a_request_uses_all_of_the_pool(build, name, kernels):
-    """Whatever the number of key-value heads: less than a page of each layer group is left free. What comes out is
-    what a single device makes of it."""
+    """Whatever the number of key-value heads: less than a page of each layer group is left free. What comes
+    out is what a single device makes of it."""
     pages = 25
     engine = build([name], pages, TWO, kernels=kernels)
     info = engine.info.models[0]
@@ -156,7 +156,8 @@ def test_preemption_while_spread_changes_no_bit(build, undisturbed):
 
 
 def test_aborts_while_spread_give_every_page_back(build, undisturbed):
-    """Whoever is seen with pages elsewhere in mid-decode is aborted, three of them; the others notice nothing."""
+    """Whoever is seen with pages elsewhere in mid-decode is aborted, three of them; the others notice
+    nothing."""
     engine = build(MODELS, 60, TWO)
     told, gone = Told(engine, CROWD), set()
     for _ in told.steps():

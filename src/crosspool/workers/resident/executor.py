@@ -37,6 +37,9 @@ from crosspool.workers.resident.spread import spread_context, teams_of
 
 _log = logging.getLogger(__name__)
 
+MOST_TEAMS = 62
+"""A slot has a word with a bit for each."""
+
 FAILED = "an internal error ended this request; the server's log says more"
 
 
@@ -74,6 +77,8 @@ class ResidentExecutor:
     ) -> None:
         for model in models.values():
             model.check_complete()
+        if len(backends) > MOST_TEAMS:
+            raise InvariantError(f"{len(backends)} teams are more than {MOST_TEAMS}")
         self._models = models
         self._arena = arena
         self._places = places

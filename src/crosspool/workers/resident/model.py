@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -124,11 +125,12 @@ class ResidentModel:
         return max(head, *(attention(words, tokens) for words in self._attention), *ffns)
 
     def half_room_bytes(self, tokens: int, states: int) -> int:
-        """Room of an attention half whose context is spread over devices: see gqa_spread_room_bytes."""
+        """Room of an attention half whose context is spread over devices: see gqa_spread_room_bytes. Layers
+        differ in no width."""
         room = mla_spread_room_bytes if isinstance(self.spec.attention, MlaSpec) else gqa_spread_room_bytes
-        return max(room(words, tokens, states) for words in self._attention)
+        return room(self._attention[0], tokens, states)
 
-    @property
+    @cached_property
     def state_bytes(self) -> int:
         """Bytes of the states of all heads of a query over one block."""
         return self.half_room_bytes(0, 1) - self.half_room_bytes(0, 0)

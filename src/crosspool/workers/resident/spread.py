@@ -82,7 +82,7 @@ def _rounds(grant: Grant, model: ResidentModel) -> tuple[int, int]:
     each row at least, and rounds have to be stages that a position can count."""
     most = ((1 << STAGE_BITS) // grant.steps - 1) // model.spec.num_layers // 2 - 1
     most = min(most, max(len(row.tokens) for row in grant.rows))
-    rounds = 1
+    rounds = max(1, min(most, _states(grant, 1) * model.state_bytes // KEPT_BYTES))
     while rounds < most and _states(grant, rounds) * model.state_bytes > KEPT_BYTES:
         rounds += 1
     return rounds, _states(grant, rounds)
