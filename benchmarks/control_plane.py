@@ -17,9 +17,11 @@ from pathlib import Path
 
 from machine import describe
 
-from crosspool.build.control import PoolPlan, assemble
+from crosspool.build.control import assemble
+from crosspool.build.pool_plan import PoolPlan
 from crosspool.core.batch import Event, Grant, RetiredEvent, TokenEvent, row_after
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
 from crosspool.core.kv_layout import choose_page_bytes, make_layout
@@ -94,7 +96,8 @@ def make_engine(models: int, decode_steps: int) -> tuple[Engine, InstantExecutor
         scheduler=SchedulerConfig(decode_steps=decode_steps),
     )
     layout = make_layout(SPEC, page_bytes)
-    plan = PoolPlan(page_bytes, 100_000, 1, 1, (layout,) * models)
+    layouts = {ModelIndex(index): layout for index in range(models)}
+    plan = PoolPlan(page_bytes, DevicePages.of([100_000]), 1, layouts, {})
     infos = [ModelInfo(f"m{index}", index, "nowhere") for index in specs]
     executor = InstantExecutor()
     return assemble(config, infos, specs, plan, FfnPool(1), executor, Ticks()), executor

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from crosspool.build.control import PoolPlan, assemble
+from crosspool.build.control import assemble
+from crosspool.build.pool_plan import PoolPlan, choose_homes
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
 from crosspool.core.device_pages import DevicePages
@@ -188,7 +189,8 @@ def make_world(
     )
     layouts = {index: make_layout(spec, page_bytes) for index, spec in by_index.items()}
     ffn_bytes = sum(spec.total_ffn_bytes for spec in specs)
-    plan = PoolPlan(page_bytes, pages, len(kv_devices), ffn_bytes, tuple(layouts.values()))
+    places = DevicePages.of([pages] * len(kv_devices))
+    plan = PoolPlan(page_bytes, places, ffn_bytes, layouts, choose_homes(config.topology, by_index))
     ffn_pool = FfnPool(ffn_bytes)
     for index, spec in by_index.items():
         ffn_pool.begin_load(index, f"model-{index}", [spec.total_ffn_bytes])
@@ -199,7 +201,7 @@ def make_world(
         config.topology,
         by_index,
         clock,
-        ShadowModel(by_index, layouts, DevicePages.of([pages] * len(kv_devices))),
+        ShadowModel(by_index, layouts, places),
         profile,
         speed=speed,
         watch=watch,
@@ -270,6 +272,7 @@ TOPOLOGIES = (
     (("cpu:0",), ("cpu:1", "cpu:2", "cpu:3"), Sharding.TENSOR),
     (("cpu:0", "cpu:1"), ("cpu:2",), Sharding.TENSOR),
     (("cpu:0", "cpu:1", "cpu:2"), ("cpu:1", "cpu:0"), Sharding.TENSOR),
+    (("cpu:0", "cpu:1"), ("cpu:0", "cpu:1"), Sharding.MODEL),
 )
 
 
@@ -291,10 +294,11 @@ def live(seed: int) -> Life:
     )
     page_bytes = max(16 * spec.kv_bytes_per_token_layer for spec in specs) * rng.choice((1, 2))
     longest = rng.randint(60, 200)
+    shared_by = 1 if sharding is Sharding.MODEL else len(kv_devices)
     world = make_world(
         specs,
         page_bytes=page_bytes,
-        pages=-(-_tight_pool(specs, page_bytes, longest, rng) // len(kv_devices)),
+        pages=-(-_tight_pool(specs, page_bytes, longest, rng) // shared_by),
         scheduler=scheduler,
         kv_devices=kv_devices,
         weights_devices=weights_devices,

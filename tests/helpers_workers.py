@@ -139,12 +139,12 @@ class Rig:
         """(model, layer, part, device, weights of the part) of every FFN's every part."""
         for index, model in enumerate(self.models):
             for layer, weights in enumerate(model.ffns):
-                devices = topology.ffn_devices(layer)
+                devices = topology.ffn_devices(layer, KvDevice(0))
                 for part, device in enumerate(devices):
                     yield index, layer, part, device, shard_ffn(weights, part, len(devices))
 
     def _resident(self, topology: Topology, backends, tasks: int | None) -> ResidentExecutor:
-        parts = len(topology.ffn_devices(0))
+        parts = topology.ffn_parts
         models = [ResidentModel(m.spec, m.layout, m.weights, parts=parts) for m in self.models]
         for model, layer, part, _, _ in self._shards(topology):
             models[model].put_ffn(layer, part, self.models[model].ffns[layer])

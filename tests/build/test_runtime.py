@@ -15,7 +15,7 @@ from transformers import DeepseekV2Config, LlamaConfig, MistralConfig
 from crosspool.backends.cpu import CpuBackend
 from crosspool.build import runtime
 from crosspool.build.runtime import build_engine
-from crosspool.core.config import EngineConfig, Kernels, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import EngineConfig, Kernels, Mode, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.errors import ConfigError, ModelLoadError, ModelUnavailableError, OutOfMemoryError
 from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import LoadProgress, Residency
@@ -32,6 +32,7 @@ from helpers_models import PagedModel, random_model, save_model
 pytestmark = pytest.mark.integration
 
 POOL = 1 << 21
+TWO = {"kv_devices": ("cpu:0", "cpu:1"), "weights_devices": ("cpu:0", "cpu:1")}
 PROMPTS = [[5, 17, 3], list(range(1, 40)), [9] * 70]
 
 
@@ -169,8 +170,17 @@ def generate(engine: Engine, names: list[str]) -> dict[str, list[list[int]]]:
             "sharding": Sharding.TENSOR,
         },
         {"weights_devices": ("cpu:1", "cpu:2", "cpu:3", "cpu:4")},
+        {**TWO, "mode": Mode.MONOLITHIC},
+        {**TWO, "mode": Mode.MONOLITHIC, "kernels": Kernels.REFERENCE},
     ],
-    ids=["one device", "two devices", "two KV, three weights by tensor", "four weights by layer"],
+    ids=[
+        "one device",
+        "two devices",
+        "two KV, three weights by tensor",
+        "four weights by layer",
+        "whole models",
+        "whole models, reference",
+    ],
 )
 def test_every_model_serves_on_every_placement(build, folders, expected, placement):
     engine = build(config_of(folders, scheduler=SchedulerConfig(chunk_quantum=16), **placement))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex
 from crosspool.core.kv_layout import make_layout
@@ -16,11 +17,11 @@ PLAIN, LATENT, WINDOWED = ModelIndex(0), ModelIndex(1), ModelIndex(2)
 DEVICE = KvDevice(0)
 
 
-def make_pool(pages: int, *, devices: int = 1) -> KvPool:
+def make_pool(pages: int, *, devices: int = 1, homes: dict[ModelIndex, KvDevice] | None = None) -> KvPool:
     specs = [gqa_spec(layers=4), mla_spec(layers=3), gqa_spec(windows=(None, 20, 20))]
     page_bytes = 32 * specs[0].kv_bytes_per_token_layer
     layouts = {ModelIndex(i): make_layout(spec, page_bytes) for i, spec in enumerate(specs)}
-    return KvPool(layouts, devices=devices, pages_per_device=pages, step_tokens=16)
+    return KvPool(layouts, DevicePages.of([pages] * devices), step_tokens=16, homes=homes)
 
 
 def test_a_page_freed_by_one_model_is_used_by_another() -> None:
@@ -145,3 +146,14 @@ def test_a_page_counted_on_another_device_is_found() -> None:
     table.held_on.reverse()
     with pytest.raises(InvariantError, match="counts"):
         pool.check([table])
+
+
+def test_a_model_with_a_home_has_no_page_elsewhere() -> None:
+    pool = make_pool(4, devices=2, homes={PLAIN: KvDevice(1)})
+    assert (pool.reach(PLAIN), pool.reach(LATENT)) == ((KvDevice(1),), (KvDevice(0), KvDevice(1)))
+    assert pool.most_tokens(PLAIN) == 32 and pool.most_tokens(LATENT) > make_pool(4).most_tokens(LATENT)
+    plain, latent = pool.open(PLAIN, KvDevice(1)), pool.open(LATENT, KvDevice(1))
+    assert pool.grow(plain, 32) and not pool.grow(plain, 33)
+    assert plain.elsewhere == [] and pool.free_on(KvDevice(1)) == 0
+    assert pool.grow(latent, 1) and latent.elsewhere == [KvDevice(0)]
+    pool.check([plain, latent])

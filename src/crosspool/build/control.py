@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from crosspool.build.pool_plan import PoolPlan, ffn_bytes_by_layer
 from crosspool.core.config import EngineConfig
-from crosspool.core.device_pages import DevicePages
-from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import ModelIndex, Nanoseconds
 from crosspool.core.info import EngineInfo, ModelInfo
-from crosspool.core.kv_layout import KvLayout, choose_page_bytes, make_layout
 from crosspool.core.protocols import Clock, Executor
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Topology
@@ -20,62 +18,6 @@ from crosspool.pools.ffn import FfnPool
 from crosspool.pools.kv import KvPool
 from crosspool.scheduler.pipeline import Pipeline
 from crosspool.scheduler.scheduler import Scheduler
-
-
-@dataclass(frozen=True, slots=True)
-class PoolPlan:
-    """Sizes of the pools before anything is allocated. ``layouts`` are in the order of the specs given."""
-
-    page_bytes: int
-    pages_per_device: int
-    kv_devices: int
-    weights_pool_bytes: int
-    layouts: tuple[KvLayout, ...]
-
-    @property
-    def places(self) -> DevicePages:
-        """Which page is on which KV device."""
-        return DevicePages.of([self.pages_per_device] * self.kv_devices)
-
-    @property
-    def kv_pool_bytes(self) -> int:
-        return self.page_bytes * self.places.total
-
-
-def plan_pools(config: EngineConfig, specs: Sequence[ModelSpec], available_bytes: int) -> PoolPlan:
-    """Size both pools for these models within ``available_bytes`` of free memory.
-
-    Raises OutOfMemoryError if pools and attention-side weights do not fit together, and ConfigError if the
-    KV pool is too small to hold anything of some model.
-    """
-    pools, devices = config.pools, len(config.kv_devices)
-    page_bytes = pools.page_bytes or choose_page_bytes(specs)
-    layouts = tuple(make_layout(spec, page_bytes) for spec in specs)
-    attention = sum(spec.attention_side_bytes for spec in specs)
-    ffns = (sum(ffn_bytes_by_layer(spec, config.topology)) for spec in specs)
-    weights_pool = pools.weights_pool_bytes or sum(ffns)
-    left = available_bytes - attention - weights_pool
-    kv_pool = pools.kv_pool_bytes or int(max(0, left) * pools.kv_pool_fraction)
-    pages = kv_pool // (devices * page_bytes)
-    smallest = max(len(layout.groups) for layout in layouts)
-    if left < kv_pool or (pools.kv_pool_bytes is None and pages < smallest):
-        raise OutOfMemoryError(
-            f"the pools do not fit this machine's memory (weights pool {weights_pool:,}, attention side "
-            f"{attention:,}, KV pool {kv_pool:,})",
-            needed=attention + weights_pool + max(kv_pool, smallest * page_bytes * devices),
-            free=available_bytes,
-        )
-    if pages < smallest:
-        raise ConfigError(
-            f"a KV pool of {kv_pool:,} bytes on {devices} device(s) has {pages} pages of {page_bytes:,} "
-            f"bytes on each; at least {smallest} are needed for the shortest sequence"
-        )
-    return PoolPlan(page_bytes, pages, devices, weights_pool, layouts)
-
-
-def ffn_bytes_by_layer(spec: ModelSpec, topology: Topology) -> list[int]:
-    """Bytes of each layer's FFN, on all devices that share it."""
-    return [spec.ffn_bytes(layer, len(topology.ffn_devices(layer))) for layer in range(spec.num_layers)]
 
 
 def assemble(
@@ -90,13 +32,12 @@ def assemble(
 ) -> Engine:
     """The engine over an executor.
 
-    ``specs`` holds the models that loaded, in the order of the plan's layouts; ``models`` every configured
-    one.
+    ``specs`` holds the models that loaded, ``models`` every configured one.
     """
     pool = KvPool(
-        dict(zip(specs, plan.layouts, strict=True)),
-        devices=plan.kv_devices,
-        pages_per_device=plan.pages_per_device,
+        {index: plan.layouts[index] for index in specs},
+        plan.places,
+        homes=plan.homes,
         step_tokens=max(config.scheduler.max_chunk_tokens, config.scheduler.decode_steps),
     )
     scheduler = Scheduler(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from crosspool.backends.base import Backend
 from crosspool.backends.factory import make_backends
-from crosspool.build.control import PoolPlan, assemble, ffn_bytes_by_layer, plan_pools
+from crosspool.build.control import assemble
+from crosspool.build.pool_plan import PoolPlan, ffn_bytes_by_layer, plan_pools
 from crosspool.build.workers import Workers, make_workers
 from crosspool.core.config import EngineConfig, Kernels, ModelConfig
 from crosspool.core.errors import CrossPoolError, ModelLoadError
@@ -45,23 +46,22 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     errors: dict[ModelIndex, str] = {}
     sources = _open_models(config, errors, report)
     # All CPU devices have the host's memory together.
-    plan = plan_pools(config, [source.spec for source in sources], backends[0].free_bytes)
+    plan = plan_pools(config, {source.index: source.spec for source in sources}, backends[0].free_bytes)
     arena = _allocate(topology, backends, plan)
-    workers = make_workers(config, backends)
+    workers = make_workers(config, backends, plan)
     loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), workers, report)
-    for source, layout in zip(sources, plan.layouts, strict=True):
-        error = loader.load(source, layout)
+    for source in sources:
+        error = loader.load(source, plan.layouts[source.index])
         if error is not None:
             errors[source.index] = error
     _require_any(config, loader.specs, errors)
-    executor = workers.start(arena, plan.places, partial(_report_compiling, report))
+    executor = workers.start(arena, partial(_report_compiling, report))
     reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
         ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
         for index, model in enumerate(config.models)
     ]
     try:
-        plan = replace(plan, layouts=tuple(loader.layouts))
         return assemble(config, infos, loader.specs, plan, loader.ffn_pool, executor, MonotonicClock())
     except BaseException:
         executor.close()
@@ -127,7 +127,7 @@ def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan)
 class _Loader:
     """Loads models one after another and hands their weights to the workers.
 
-    ``specs`` and ``layouts`` are of the models that loaded, in one order.
+    ``specs`` are of the models that loaded.
     """
 
     def __init__(self, topology: Topology, ffn_pool: FfnPool, workers: Workers, report: Progress) -> None:
@@ -136,7 +136,6 @@ class _Loader:
         self._report = report
         self.ffn_pool = ffn_pool
         self.specs: dict[ModelIndex, ModelSpec] = {}
-        self.layouts: list[KvLayout] = []
 
     def load(self, source: _Source, layout: KvLayout) -> str | None:
         """Load one model wholly or not at all. Returns why it failed."""
@@ -161,7 +160,6 @@ class _Loader:
             return self._failed(source, total, _reason(source.config, error))
         self.ffn_pool.finish_load(source.index, source.config.pinned)
         self.specs[source.index] = spec
-        self.layouts.append(layout)
         return None
 
     def _load_attention_side(self, source: _Source, layout: KvLayout) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from crosspool.backends.base import Backend, WeightsArena
+from crosspool.build.pool_plan import PoolPlan
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
-from crosspool.core.device_pages import DevicePages
-from crosspool.core.ids import KvDevice, ModelIndex
+from crosspool.core.ids import ModelIndex
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
@@ -51,23 +51,24 @@ class Workers(Protocol):
         """Forget whatever was put of a model."""
         ...
 
-    def start(self, arena: Tensor, places: DevicePages, compiling: Compiling) -> Executor:
-        """``arena`` has the pages of all KV devices, as ``places`` says."""
+    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
+        """``arena`` has the pages of all KV devices, as the plan says."""
         ...
 
 
-def make_workers(config: EngineConfig, backends: Sequence[Backend]) -> Workers:
+def make_workers(config: EngineConfig, backends: Sequence[Backend], plan: PoolPlan) -> Workers:
     """``backends`` in the order of the topology's teams."""
     if config.kernels is Kernels.REFERENCE:
-        return ReferenceWorkers(config.topology, backends)
-    return CompiledWorkers(config, backends)
+        return ReferenceWorkers(config.topology, backends, plan)
+    return CompiledWorkers(config, backends, plan)
 
 
 class CompiledWorkers:
     """For compiled kernels: descriptors of every model, and resident teams."""
 
-    def __init__(self, config: EngineConfig, backends: Sequence[Backend]) -> None:
+    def __init__(self, config: EngineConfig, backends: Sequence[Backend], plan: PoolPlan) -> None:
         self._config = config
+        self._plan = plan
         self._backends = backends
         self._models: dict[ModelIndex, ResidentModel] = {}
         self._arenas: dict[tuple[ModelIndex, Team], WeightsArena] = {}
@@ -75,15 +76,14 @@ class CompiledWorkers:
     def put_attention_side(
         self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
     ) -> None:
-        """There is one copy, on the first KV device."""
+        """There is one copy, on the model's home."""
         topology = self._config.topology
-        parts = len(topology.ffn_devices(0))
-        with self._place(model, spec, topology.attention_team(KvDevice(0))) as place:
-            self._models[model] = ResidentModel(spec, layout, weights, parts=parts, place=place)
+        with self._place(model, spec, topology.attention_team(self._plan.home(model))) as place:
+            self._models[model] = ResidentModel(spec, layout, weights, parts=topology.ffn_parts, place=place)
 
     def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
         topology, resident = self._config.topology, self._models[model]
-        for part, device in enumerate(topology.ffn_devices(layer)):
+        for part, device in enumerate(topology.ffn_devices(layer, self._plan.home(model))):
             with self._place(model, resident.spec, topology.weights_team(device)) as place:
                 resident.put_ffn(layer, part, weights, place)
 
@@ -107,13 +107,13 @@ class CompiledWorkers:
         self._models.pop(model, None)
         self._arenas = {key: arena for key, arena in self._arenas.items() if key[0] != model}
 
-    def start(self, arena: Tensor, places: DevicePages, compiling: Compiling) -> Executor:
+    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
         limits = self._config.scheduler
         return ResidentExecutor(
             self._config.topology,
             self._backends,
             arena,
-            places,
+            self._plan.places,
             self._models,
             most_tokens=max(limits.max_chunk_tokens, limits.max_batch_rows),
             most_rows=max(limits.max_batch_rows, limits.max_prefill_rows),
@@ -141,8 +141,9 @@ def _threads_of(backend: Backend) -> Iterator[ThreadPoolExecutor]:
 class ReferenceWorkers:
     """For the reference kernels: plain torch, one thread a team, and Python between all layer tasks."""
 
-    def __init__(self, topology: Topology, backends: Sequence[Backend]) -> None:
+    def __init__(self, topology: Topology, backends: Sequence[Backend], plan: PoolPlan) -> None:
         self._topology = topology
+        self._plan = plan
         self._backends = backends
         self._specs: dict[ModelIndex, ModelSpec] = {}
         self._sides: list[dict[ModelIndex, AttentionSide]] = [{} for _ in topology.kv_devices]
@@ -159,7 +160,8 @@ class ReferenceWorkers:
 
     def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
         read_in(weights.tensors())
-        spec, devices = self._specs[model].layers[layer].ffn, self._topology.ffn_devices(layer)
+        spec = self._specs[model].layers[layer].ffn
+        devices = self._topology.ffn_devices(layer, self._plan.home(model))
         for part, device in enumerate(devices):
             row = WeightRow(spec, shard_ffn(weights, part, len(devices)))
             self._tables[device].put(model, layer, row)
@@ -174,7 +176,7 @@ class ReferenceWorkers:
         for table in self._tables:
             table.remove(model)
 
-    def start(self, arena: Tensor, places: DevicePages, compiling: Compiling) -> Executor:
+    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
         layers: Mapping[ModelIndex, int] = {model: spec.num_layers for model, spec in self._specs.items()}
         return ThreadedExecutor(
             self._topology,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from crosspool.cli.sizes import parse_bytes
-from crosspool.core.config import Kernels, WeightsMemory
+from crosspool.core.config import Kernels, Mode, WeightsMemory
 from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
 
@@ -83,6 +83,24 @@ WeightsDevices = Annotated[
 FfnSharding = Annotated[
     Sharding | None,
     typer.Option(help="How FFNs are spread over several weights devices.", show_default="layer"),
+]
+ModeOption = Annotated[
+    Mode | None,
+    typer.Option(
+        "--mode",
+        help="Two pools, or, to compare with, each model wholly on one device, where its KV is elastic "
+        "(monolithic) or has a fixed share (static).",
+        show_default="crosspool",
+    ),
+]
+DeviceBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--device-memory",
+        parser=_size,
+        metavar="SIZE",
+        help="Memory of each device; KV gets what the weights on a KV device leave of it.",
+    ),
 ]
 Threads = Annotated[
     int | None,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, get_args, get_type_hints
 
 from crosspool.cli.settings import ModelEntry, Settings
 from crosspool.cli.sizes import parse_bytes
-from crosspool.core.config import MILLISECOND, Kernels, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.config import MILLISECOND, Kernels, Mode, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.errors import ConfigError
 from crosspool.core.ids import Nanoseconds
 from crosspool.core.topology import Sharding
@@ -171,4 +171,5 @@ _DEVICES: Keys = {
     "ffn_sharding": ("sharding", _one_of(Sharding)),
     "threads": ("threads", _integer),
     "kernels": ("kernels", _one_of(Kernels)),
+    "mode": ("mode", _one_of(Mode)),
 }

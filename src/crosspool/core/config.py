@@ -64,7 +64,8 @@ class PoolConfig:
 
     ``weights_pool_bytes`` None: what the models' FFN weights take. ``kv_pool_bytes`` None:
     ``kv_pool_fraction`` of the memory that the weights leave free. ``page_bytes`` None: chosen from the
-    models' layouts. ``weights_memory`` holds for attention sides too.
+    models' layouts. ``weights_memory`` holds for attention sides too. With ``device_bytes`` every device has
+    so much memory, and KV gets what the weights on a KV device leave of it.
     """
 
     kv_pool_bytes: int | None = None
@@ -72,12 +73,18 @@ class PoolConfig:
     weights_pool_bytes: int | None = None
     page_bytes: int | None = None
     weights_memory: WeightsMemory = WeightsMemory.MAPPED
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kv_pool_bytes", "weights_pool_bytes", "page_bytes"):
+        for name in ("kv_pool_bytes", "weights_pool_bytes", "page_bytes", "device_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, not {value}")
+        if self.device_bytes is not None and self.kv_pool_bytes is not None:
+            raise ConfigError(
+                f"give either kv_pool_bytes or device_bytes, not {self.kv_pool_bytes:,} and "
+                f"{self.device_bytes:,}"
+            )
         if not 0 < self.kv_pool_fraction < 1:
             raise ConfigError(f"kv_pool_fraction must be between 0 and 1, not {self.kv_pool_fraction}")
 
@@ -118,6 +125,17 @@ class SchedulerConfig:
             )
 
 
+class Mode(StrEnum):
+    """How models share the devices' memory. CROSSPOOL: two pools, any page to any model. MONOLITHIC: a
+    model's weights and KV are on one device, whose KV pages any of its models may take. STATIC: likewise, but
+    each model has a share of its own: its kv_floor_bytes and kv_cap_bytes, and what these leave open is
+    divided equally among the device's models."""
+
+    CROSSPOOL = "crosspool"
+    MONOLITHIC = "monolithic"
+    STATIC = "static"
+
+
 class Kernels(StrEnum):
     """What computes. COMPILED: resident teams in compiled code. REFERENCE: plain torch with Python between
     all layer tasks, slow and simple: what the former is held against."""
@@ -130,8 +148,10 @@ class Kernels(StrEnum):
 class EngineConfig:
     """Everything one engine process (a cell) is made from.
 
-    ``threads`` is the number of cores each device computes with; None divides the machine's cores among the
-    teams. With the reference kernels one of each team's is left to whoever delivers the tokens.
+    In modes other than CROSSPOOL both lists of devices are the same, and every model is wholly on one of
+    them, whatever ``sharding`` says. ``threads`` is the number of cores each device computes with; None
+    divides the machine's cores among the teams. With the reference kernels one of each team's is left to
+    whoever delivers the tokens.
     """
 
     models: tuple[ModelConfig, ...]
@@ -142,6 +162,7 @@ class EngineConfig:
     sharding: Sharding = Sharding.LAYER
     threads: int | None = None
     kernels: Kernels = Kernels.COMPILED
+    mode: Mode = Mode.CROSSPOOL
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -168,4 +189,5 @@ class EngineConfig:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.kv_devices, self.weights_devices, self.sharding)
+        sharding = self.sharding if self.mode is Mode.CROSSPOOL else Sharding.MODEL
+        return Topology(self.kv_devices, self.weights_devices, sharding)

@@ -231,6 +231,6 @@ class InFlight:
         elif batch.half is Half.ATTENTION:
             batch.unstarted = {self._attention_teams[grant.kv_device]: 0}
         else:
-            devices = self._topology.ffn_devices(batch.layer)
+            devices = self._topology.ffn_devices(batch.layer, grant.kv_device)
             batch.unstarted = {self._weights_teams[device]: part for part, device in enumerate(devices)}
         batch.parts = len(batch.unstarted)

@@ -21,11 +21,13 @@ class Sharding(StrEnum):
     """How FFN weights are spread over several weights devices.
 
     LAYER: whole layers in turn. TENSOR: every FFN is cut along its intermediate dimension; each device
-    computes a partial sum and the attention side adds them in device order.
+    computes a partial sum and the attention side adds them in device order. MODEL: whole models, each on the
+    device that is home to its KV: there are no two pools then, and both lists name the same devices.
     """
 
     LAYER = "layer"
     TENSOR = "tensor"
+    MODEL = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ class Topology:
                 raise ConfigError(f"{name} is empty: at least one device is needed")
             if len(set(devices)) != len(devices):
                 raise ConfigError(f"{name} names a device twice: {', '.join(devices)}")
+        if self.sharding is Sharding.MODEL and self.kv_devices != self.weights_devices:
+            raise ConfigError(
+                "where each model is wholly on one device, KV devices and weights devices are the same, not "
+                f"{', '.join(self.kv_devices)} and {', '.join(self.weights_devices)}"
+            )
 
     @property
     def teams(self) -> tuple[str, ...]:
@@ -58,8 +65,16 @@ class Topology:
     def weights_team(self, device: WeightsDevice) -> Team:
         return Team(self.teams.index(self.weights_devices[device]))
 
-    def ffn_devices(self, layer: int) -> tuple[WeightsDevice, ...]:
-        """The weights devices that take part in this layer's FFN, in the order in which results are added."""
+    def ffn_devices(self, layer: int, home: KvDevice) -> tuple[WeightsDevice, ...]:
+        """The weights devices that take part in the FFN of this layer of a model, or of a micro-batch, whose
+        home is ``home``, in the order in which results are added."""
         if self.sharding is Sharding.TENSOR:
             return tuple(WeightsDevice(i) for i in range(len(self.weights_devices)))
+        if self.sharding is Sharding.MODEL:
+            return (WeightsDevice(home),)
         return (WeightsDevice(layer % len(self.weights_devices)),)
+
+    @property
+    def ffn_parts(self) -> int:
+        """How many devices share each FFN."""
+        return len(self.weights_devices) if self.sharding is Sharding.TENSOR else 1

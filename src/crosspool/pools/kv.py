@@ -65,21 +65,23 @@ class PageTable:
 class KvPool:
     """All pages of all KV devices, and the page table of every sequence that holds some.
 
-    ``step_tokens`` is the most by which a sequence grows at once (a prompt chunk): a window group holds up to
-    that many tokens more than its window. ``releases`` counts how often a table gave something back: while
-    it stands still, no page has become free and nobody has left.
+    A model with an entry in ``homes`` keeps its pages on that device; others use all. ``step_tokens`` is the
+    most by which a sequence grows at once (a prompt chunk): a window group holds up to that many tokens more
+    than its window. ``releases`` counts how often a table gave something back: while it stands still, no page
+    has become free and nobody has left.
     """
 
     def __init__(
         self,
         layouts: Mapping[ModelIndex, KvLayout],
+        places: DevicePages,
         *,
-        devices: int,
-        pages_per_device: int,
         step_tokens: int,
+        homes: Mapping[ModelIndex, KvDevice] | None = None,
     ) -> None:
         self._layouts = dict(layouts)
-        self._allocator = PageAllocator(*[pages_per_device] * devices)
+        self._homes = homes or {}
+        self._allocator = PageAllocator(*(len(places.pages_of(device)) for device in places.devices))
         self.releases = 0
         self._held_by_model = dict.fromkeys(self._layouts, 0)
         self._step_tokens = step_tokens
@@ -112,6 +114,11 @@ class KvPool:
     def layout(self, model: ModelIndex) -> KvLayout:
         return self._layouts[model]
 
+    def reach(self, model: ModelIndex) -> tuple[KvDevice, ...]:
+        """The devices on which this model's sequences may hold pages."""
+        home = self._homes.get(model)
+        return self.devices if home is None else (home,)
+
     def pages_for(self, model: ModelIndex, tokens: int) -> int:
         """The most pages that one sequence of this model holds while it grows to ``tokens`` tokens."""
         layout = self._layouts[model]
@@ -125,7 +132,7 @@ class KvPool:
         return pages
 
     def most_tokens(self, model: ModelIndex) -> int:
-        """The longest sequence of this model that the whole pool, all its devices together, can hold."""
+        """The longest sequence of this model that all devices within its reach can hold together."""
         return self._most_tokens[model]
 
     def open(self, model: ModelIndex, device: KvDevice) -> PageTable:
@@ -141,12 +148,13 @@ class KvPool:
     def grow(self, table: PageTable, tokens: int) -> bool:
         """Give the table a place for every position below ``tokens``: all of the pages it lacks, or none.
 
-        They come from its home; what that lacks, from other devices. A chunk's pages are taken together.
+        They come from its home; what that lacks, from other devices within the model's reach. A chunk's pages
+        are taken together.
         """
         missing = self.missing(table, tokens)
         if missing == 0:
             return True
-        pages = self._allocator.allocate(missing, table.device)
+        pages = self._allocator.allocate(missing, table.device, spread=table.model not in self._homes)
         if pages is None:
             return False
         for index, group in enumerate(table.groups):
@@ -208,8 +216,9 @@ class KvPool:
             table.held_on[self.places.device_of(page)] += sign
 
     def _find_most_tokens(self, model: ModelIndex) -> int:
-        """Largest multiple of tokens_per_page whose pages fit the pool (binary search: it is monotonic)."""
-        layout, pages = self._layouts[model], self.total
+        """Largest multiple of tokens_per_page whose pages fit (binary search: it is monotonic)."""
+        layout = self._layouts[model]
+        pages = sum(len(self.places.pages_of(device)) for device in self.reach(model))
         unbounded = all(group.window is not None for group in layout.groups)
         low, high = 0, pages * (1 << 20 if unbounded else 1)
         while low < high:

@@ -35,12 +35,13 @@ class PageAllocator:
     def free_on(self, device: KvDevice) -> int:
         return len(self._free[device])
 
-    def allocate(self, count: int, home: KvDevice) -> list[PageId] | None:
+    def allocate(self, count: int, home: KvDevice, *, spread: bool = True) -> list[PageId] | None:
         """``count`` pages with one reference each, or None (and nothing taken) if there are not so many.
 
-        They are of device ``home``; what it lacks, of the others, from that with most free pages on.
+        They are of device ``home``; with ``spread``, what it lacks is of the others, from that with most
+        free pages on.
         """
-        if count > self.free:
+        if count > (self.free if spread else self.free_on(home)):
             return None
         pages = self._take(home, count)
         while len(pages) < count:

@@ -66,22 +66,24 @@ class Admission:
         """Give a page table to every waiting sequence that may start now; it grows with the first chunk.
 
         A sequence may start if, beside all that running sequences still lack for their known tokens and one
-        more chunk each, the pages of its own known tokens are free, on all devices together: where its home
-        lacks some, it takes those of others. The pages themselves are reserved chunk by chunk. Where nothing
-        runs at all it may start in any case: it fits the pool, or it would have been refused. What running
-        sequences take later has been counted here, so whoever did not fit is tried again only when pages have
-        been given back.
+        more chunk each, the pages of its own known tokens are free, on all devices within its reach together:
+        where its home lacks some, it takes those of others. The pages themselves are reserved chunk by chunk.
+        Where nothing runs within its reach it may start in any case: it fits there, or it would have been
+        refused. What running sequences take later has been counted here, so whoever did not fit is tried
+        again only when pages have been given back.
         """
         if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
         demands = self._demands(running)
         started: list[Sequence] = []
         blocked: set[ModelIndex] = set()
+        closed: set[KvDevice] = set()
         while sequence := self._first(blocked):
-            device = self._place(sequence, demands)
+            reach = self._pool.reach(sequence.request.model)
+            device = None if closed.intersection(reach) else self._place(sequence, demands)
             if device is None:
                 if now > sequence.due + (AGED_AFTER - 1) * (sequence.due - sequence.request.arrival):
-                    break
+                    closed.update(reach)
                 blocked.add(sequence.request.model)
                 continue
             self.leave(sequence)
@@ -107,14 +109,16 @@ class Admission:
         return demands
 
     def _place(self, sequence: Sequence, demands: list[_Demand]) -> KvDevice | None:
-        """Its home, if the sequence may start: the KV device with most pages to spare."""
-        running = sum(demand.running for demand in demands)
-        if running >= self._max_running:
+        """Its home, if the sequence may start: of those within reach the device with most pages to spare."""
+        if sum(demand.running for demand in demands) >= self._max_running:
             return None
-        needed = self._pool.pages_for(sequence.request.model, sequence.known + 1)
-        if running and needed > sum(demand.spare for demand in demands):
+        model = sequence.request.model
+        reach = self._pool.reach(model)
+        running = sum(demands[device].running for device in reach)
+        needed = self._pool.pages_for(model, sequence.known + 1)
+        if running and needed > sum(demands[device].spare for device in reach):
             return None
-        return KvDevice(max(range(len(demands)), key=lambda index: (demands[index].spare, -index)))
+        return max(reach, key=lambda device: (demands[device].spare, -device))
 
     def _wants(self, sequence: Sequence) -> int:
         """Pages still lacking for the known tokens, and one chunk to grow."""

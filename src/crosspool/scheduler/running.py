@@ -43,7 +43,8 @@ class RunningSequences:
         """Whether a sequence that is due earlier waits for pages, of which this one may hold some."""
         if sequence.table is None:
             return False
-        return any(self._sequences[request].order < sequence.order for request in self._stalled)
+        waiting = (self._sequences[request] for request in self._stalled)
+        return any(other.order < sequence.order and self._helps(sequence, other) for other in waiting)
 
     def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""
@@ -82,11 +83,16 @@ class RunningSequences:
         return True
 
     def _latest_after(self, sequence: Sequence) -> Sequence | None:
-        """The sequence of latest deadline that holds pages, is not in flight, and is due later: pages of any
-        device will do."""
+        """The sequence of latest deadline that is not in flight, is due later, and holds pages that help."""
         later = (
             other
             for other in self._sequences.values()
-            if other.idle and other.order > sequence.order and other.table is not None and other.table.pages
+            if other.idle and other.order > sequence.order and self._helps(other, sequence)
         )
         return max(later, key=lambda s: s.order, default=None)
+
+    def _helps(self, giver: Sequence, taker: Sequence) -> bool:
+        """Whether ``giver`` holds pages that ``taker`` could use."""
+        if giver.table is None:
+            return False
+        return any(giver.table.held_on[device] for device in self._pool.reach(taker.request.model))

@@ -190,7 +190,7 @@ class ThreadedExecutor:
     def _compute(self, task: LayerTask, state: GrantState) -> Chosen:
         grant = state.grant
         if task.half is Half.FFN:
-            device = self._topology.ffn_devices(task.layer)[task.part]
+            device = self._topology.ffn_devices(task.layer, grant.kv_device)[task.part]
             hidden = state.channel.receive_input()
             state.channel.send_output(task.part, self._ffn[device].ffn(grant.model, task.layer, hidden))
             return ()

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from crosspool.core.topology import Sharding
 from crosspool.kernels.numba.team import SHARED_WORDS, new_own
 from crosspool.workers.resident.control import EVENT_WORDS, RING_EVENTS, TEAM_WORDS, Control, new_bytes
 
 CONTROL, SLOT_TABLE, TEAM_TABLE, NUMBER, RING, SHARED, ROOM, MODELS, STAGES = range(9)
-WEIGHTS_TEAMS, WEIGHTS, SHARDED, THREADS = range(9, 13)
+WEIGHTS_TEAMS, WEIGHTS, SHARDED, AT_HOME, THREADS = range(9, 14)
 CREW_WORDS = 16
 """Addresses, but for the team's NUMBER, the number of WEIGHTS devices, whether every FFN is SHARDED over
-them, and the number of THREADS. STAGES is the address of the stages' addresses, GQA_STAGE first; MODELS that
-of the models' addresses by index."""
+them or is AT_HOME, where its micro-batch's attention runs, and the number of THREADS. STAGES is the address
+of the stages' addresses, GQA_STAGE first; MODELS that of the models' addresses by index."""
 
 GQA_STAGE, MLA_STAGE, FFN_STAGE, HEAD_STAGE, GQA_SPREAD_STAGE, MLA_SPREAD_STAGE = range(6)
 
@@ -34,7 +35,7 @@ class Crew:
         stages: np.ndarray,
         models: np.ndarray,
         weights_teams: np.ndarray,
-        sharded: bool,
+        sharding: Sharding,
         scratch: tuple[int, int],
     ) -> None:
         room, mine = scratch
@@ -52,7 +53,7 @@ class Crew:
         words[SHARED], words[ROOM] = self._shared.ctypes.data, self._room.ctypes.data
         words[STAGES], words[MODELS] = stages.ctypes.data, models.ctypes.data
         words[WEIGHTS_TEAMS], words[WEIGHTS] = weights_teams.ctypes.data, len(weights_teams)
-        words[SHARDED] = sharded
+        words[SHARDED], words[AT_HOME] = sharding is Sharding.TENSOR, sharding is Sharding.MODEL
 
     @property
     def address(self) -> int:

@@ -17,7 +17,7 @@ from crosspool.core.batch import Event, Grant, RetiredEvent, Row, TokenEvent, ro
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId, WeightsDevice
-from crosspool.core.topology import Sharding, Topology
+from crosspool.core.topology import Topology
 from crosspool.workers.resident import control as layout
 from crosspool.workers.resident.body import Body, BodyMemory, body_bytes, tokens_of
 from crosspool.workers.resident.control import SLOTS, TOKEN_EVENT, Control
@@ -84,7 +84,7 @@ class ResidentExecutor:
         self._places = places
         self._most = (most_tokens, most_rows)
         self._teams = [int(topology.attention_team(device)) for device in places.devices]
-        self._parts = len(topology.weights_devices) if topology.sharding is Sharding.TENSOR else 1
+        self._parts = topology.ffn_parts
         self._control = Control.allocate(len(backends))
         self._memory = BodyMemory()
         self._free_slots = list(range(SLOTS))
@@ -127,7 +127,7 @@ class ResidentExecutor:
                 stages=stages,
                 models=addresses,
                 weights_teams=np.array(weights_teams, np.int64),
-                sharded=topology.sharding is Sharding.TENSOR,
+                sharding=topology.sharding,
                 scratch=scratch,
             )
             for number, backend in enumerate(backends)

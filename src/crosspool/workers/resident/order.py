@@ -24,6 +24,7 @@ from crosspool.workers.resident.control import (
     WIDTH,
 )
 from crosspool.workers.resident.crew import (
+    AT_HOME,
     CONTROL,
     CREW_WORDS,
     MODELS,
@@ -102,6 +103,8 @@ def parts_of(crew, slot, stage):
 @inline
 def ffn_team(crew, slot, stage, part):
     """The team that computes a part of a layer's FFN (core/topology.py ffn_devices)."""
+    if crew[AT_HOME]:
+        return slot[TEAM]
     device = part if crew[SHARDED] else stage // slot[WIDTH] % crew[WEIGHTS]
     return words(crew[WEIGHTS_TEAMS], crew[WEIGHTS])[device]
 

@@ -1,0 +1,89 @@
+"""Pools sized for devices of a stated memory, and models bound to devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from crosspool.build.pool_plan import choose_homes, plan_pools
+from crosspool.core.config import EngineConfig, Mode, ModelConfig, PoolConfig
+from crosspool.core.errors import ConfigError, OutOfMemoryError
+from crosspool.core.ids import KvDevice, ModelIndex
+from crosspool.core.spec import ModelSpec
+from helpers_specs import gqa_spec, mla_spec
+
+pytestmark = pytest.mark.unit
+
+PAGE, MEMORY, TWO = 4096, 1 << 20, ("cpu:0", "cpu:1")
+SPECS = {
+    ModelIndex(0): gqa_spec(layers=12),
+    ModelIndex(1): mla_spec(layers=3),
+    ModelIndex(2): gqa_spec(layers=4),
+    ModelIndex(3): gqa_spec(layers=2),
+}
+
+
+def config_of(device_bytes: int | None, mode: Mode = Mode.CROSSPOOL, **how) -> EngineConfig:
+    models = tuple(ModelConfig(f"m{index}", "nowhere") for index in SPECS)
+    return EngineConfig(models, PoolConfig(device_bytes=device_bytes, page_bytes=PAGE), mode=mode, **how)
+
+
+def whole(spec: ModelSpec) -> int:
+    return spec.attention_side_bytes + spec.total_ffn_bytes
+
+
+def test_kv_gets_what_attention_sides_leave_of_its_device() -> None:
+    attention = sum(spec.attention_side_bytes for spec in SPECS.values())
+    plan = plan_pools(config_of(MEMORY, kv_devices=("cpu:0",), weights_devices=("cpu:1",)), SPECS, 1 << 40)
+    assert plan.places.total == (MEMORY - attention) // PAGE
+    assert plan.homes == {} and plan.home(ModelIndex(3)) == KvDevice(0)
+
+
+def test_kv_gets_what_all_weights_leave_of_one_device() -> None:
+    plan = plan_pools(config_of(MEMORY), SPECS, 1 << 40)
+    assert plan.places.total == (MEMORY - sum(map(whole, SPECS.values()))) // PAGE
+
+
+@pytest.mark.parametrize("mode", [Mode.MONOLITHIC, Mode.STATIC])
+def test_each_device_has_its_models_and_their_kv(mode: Mode) -> None:
+    plan = plan_pools(config_of(MEMORY, mode, kv_devices=TWO, weights_devices=TWO), SPECS, 1 << 40)
+    weights = [sum(whole(SPECS[m]) for m, home in plan.homes.items() if home == device) for device in (0, 1)]
+    assert set(plan.homes) == set(SPECS) and min(weights) > 0
+    for device, used in enumerate(weights):
+        assert len(plan.places.pages_of(KvDevice(device))) == (MEMORY - used) // PAGE
+    assert max(weights) <= 4 / 3 * max(sum(weights) / 2, max(map(whole, SPECS.values())))
+
+
+def test_in_two_pools_no_model_has_a_home() -> None:
+    assert choose_homes(config_of(None, kv_devices=TWO, weights_devices=TWO).topology, SPECS) == {}
+
+
+def test_weights_that_do_not_fit_a_device_are_named_with_the_bytes() -> None:
+    ffns = sum(spec.total_ffn_bytes for spec in SPECS.values())
+    small = ffns - 1
+    config = config_of(small, kv_devices=("cpu:0",), weights_devices=("cpu:1",))
+    with pytest.raises(OutOfMemoryError, match=rf"on cpu:1 do not fit .* {ffns:,} bytes needed, {small:,} "):
+        plan_pools(config, SPECS, 1 << 40)
+
+
+def test_devices_may_not_promise_more_than_the_machine_has() -> None:
+    with pytest.raises(OutOfMemoryError, match=f"{MEMORY // 2:,} bytes free"):
+        plan_pools(config_of(MEMORY), SPECS, MEMORY // 2)
+
+
+def test_a_home_without_a_page_for_its_model_is_refused() -> None:
+    largest = max(map(whole, SPECS.values()))
+    assert largest > sum(map(whole, SPECS.values())) - largest
+    config = config_of(largest + PAGE - 1, Mode.MONOLITHIC, kv_devices=TWO, weights_devices=TWO)
+    with pytest.raises(OutOfMemoryError, match="0 KV pages of 4,096 bytes for model m0"):
+        plan_pools(config, SPECS, 1 << 40)
+
+
+def test_one_way_to_size_the_pool() -> None:
+    with pytest.raises(ConfigError, match="not 1,000 and 2,000"):
+        PoolConfig(kv_pool_bytes=1000, device_bytes=2000)
+
+
+@pytest.mark.parametrize("mode", [Mode.MONOLITHIC, Mode.STATIC])
+def test_whole_models_need_devices_that_do_both(mode: Mode) -> None:
+    with pytest.raises(ConfigError, match="not cpu:0 and cpu:1"):
+        config_of(None, mode, kv_devices=("cpu:0",), weights_devices=("cpu:1",))
