@@ -71,20 +71,41 @@ def measure(it: Rig, places: str, context: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--contexts",
-    default="500,2000,8000,32000") parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=4) options = parser.parse_args() contexts =
-    [int(context) for context in options.contexts.split(",")] helpers_workers.PAGE_BYTES = 64 * 8 * 2 *
-    options.kv_heads * 64 * 2 helpers_workers.NUM_PAGES = max(contexts) // 64 + 8 model =
-    make_model(options.kv_heads) print(describe()) devices = ["cpu:0", "cpu:1"] it = Rig([model], devices,
-    devices, resident=True) for page in it.arena: page.view(torch.bfloat16).normal_() try: for context in
-    contexts: speeds: dict[str, list[float]] = {places: [] for places in PLACES} for number in
-    range(options.rounds + 1): for places in list(PLACES)[:: 1 if number % 2 else -1]: speed = measure(it,
-    places, context) if number: speeds[places].append(speed) for places, own in speeds.items(): pairs =
-    zip(own, speeds["at home"], strict=True) ratio = statistics.median(spread / local for spread, local in
-    pairs) print(f"{context:6} {places:14} {statistics.median(own):7.1f} tokens/s  {ratio:.2f} x", flush=True)
-    finally: it.executor.close()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--contexts", default="200,1000,4000,16000")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    options = parser.parse_args()
+    contexts = [int(context) for context in options.contexts.split(",")]
+    helpers_workers.PAGE_BYTES = 64 * 8 * 2 * options.kv_heads * 64 * 2
+    helpers_workers.NUM_PAGES = max(contexts) // 64 + 8
+    model = make_model(options.kv_heads)
+    print(describe())
+    devices = ["cpu:0", "cpu:1"]
+    it = Rig([model], devices, devices, resident=True)
+    for page in it.arena:
+        page.view(torch.bfloat16).normal_()
+    try:
+        for context in contexts:
+            compare(it, context, options.rounds)
+    finally:
+        it.executor.close()
+
+
+def compare(it: Rig, context: int, rounds: int) -> None:
+    """Print the speed of every placement, and how much of that at home it is."""
+    speeds: dict[str, list[float]] = {places: [] for places in PLACES}
+    for number in range(rounds + 1):
+        for places in list(PLACES)[:: 1 if number % 2 else -1]:
+            speed = measure(it, places, context)
+            if number:
+                speeds[places].append(speed)
+    for places, own in speeds.items():
+        pairs = zip(own, speeds["at home"], strict=True)
+        ratio = statistics.median(spread / local for spread, local in pairs)
+        print(f"{context:6} {places:14} {statistics.median(own):7.1f} tokens/s  {ratio:.2f} x", flush=True)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_a_request_uses_all_of_the_pool(build, name, kernels):
 
 
 MODELS = ["gqa-2", "mla", "window"]
-CROWD = [request(i, 40 + 61 * i, 25 + i, i % len(MODELS)) for i in range(9)]
+CROWD = [request(i, 20 + 30 * i, 90, i % len(MODELS)) for i in range(9)]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def spread_of(engine: Engine) -> set[RequestId]:
 
 
 def test_preemption_while_spread_changes_no_bit(build, undisturbed):
-    engine = build(MODELS, 48, TWO)
+    engine = build(MODELS, 30, TWO)
     told, spread = Told(engine, CROWD), set()
     for _ in told.steps():
         spread |= spread_of(engine)
@@ -158,7 +158,7 @@ def test_preemption_while_spread_changes_no_bit(build, undisturbed):
 def test_aborts_while_spread_give_every_page_back(build, undisturbed):
     """Whoever is seen with pages elsewhere in mid-decode is aborted, three of them; the others notice
     nothing."""
-    engine = build(MODELS, 60, TWO)
+    engine = build(MODELS, 40, TWO)
     told, gone = Told(engine, CROWD), set()
     for _ in told.steps():
         for identity in spread_of(engine) - gone:
