@@ -30,7 +30,9 @@ from crosspool.core.sampling import SamplingParams
 from crosspool.core.spec import DType, FfnSpec, GqaSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
 from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
+from crosspool.pools.kv import KvPool
 from crosspool.pools.pages import PageAllocator
+from crosspool.pools.prefix_cache import next_key
 
 SPEC = ModelSpec(
     architecture="Qwen3MoeForCausalLM",
@@ -153,6 +155,37 @@ def per_page(seconds: float) -> dict[str, object]:
     return result
 
 
+def per_table_page(seconds: float) -> dict[str, object]:
+    """Microseconds a page of a table's life, chunk by chunk: grow (pages are evicted from the prefix cache)
+    and release; the same with every chunk's key made and published; make keys, find chunks, hold and let go.
+    """
+    layout, tokens, chunks = make_layout(SPEC, choose_page_bytes([SPEC])), list(range(1 << 16)), 1000
+    model, device, size = ModelIndex(0), KvDevice(0), layout.tokens_per_page
+    pool = KvPool(
+        {model: layout}, devices=1, pages_per_device=2 * chunks, step_tokens=1, prefix_secret=bytes(32)
+    )
+    root, times = pool.root_key(model, b""), {"grown": [], "published": [], "found": []}
+    deadline, salt = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline:
+        salt += 1
+        for name, samples in times.items():
+            table, key = pool.open(model, device), next_key(root, (salt,))
+            began = time.perf_counter()
+            for chunk in range(chunks):
+                if name != "grown":
+                    key = next_key(key, tokens[chunk * size : (chunk + 1) * size])
+                if name == "found":
+                    pool.share(table, (key,))
+                else:
+                    pool.grow(table, (chunk + 1) * size)
+                if name == "published":
+                    pool.publish(table, (key,))
+            pages = table.pages
+            pool.release(table)
+            samples.append((time.perf_counter() - began) / pages * 1e6)
+    return {f"median_us_per_page_{name}": round(statistics.median(t), 3) for name, t in times.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="time of each measurement")
@@ -166,6 +199,8 @@ def main() -> int:
             for models, sequences, steps in ((16, 64, 4), (16, 64, 1), (64, 64, 4), (1, 64, 4))
         ],
         "page": per_page(options.seconds),
+        "table": {"tokens_per_page": make_layout(SPEC, choose_page_bytes([SPEC])).tokens_per_page}
+        | per_table_page(options.seconds),
     }
     text = json.dumps(result, indent=2)
     print(text)

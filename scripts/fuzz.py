@@ -48,6 +48,10 @@ def main() -> int:
         "share_with_abort_in_prefill": round(
             sum(life.aborted_in_prefill > 0 for life in lives) / max(1, len(lives)), 3
         ),
+        "share_with_cached_prefix": round(
+            sum(life.cached_tokens > 0 for life in lives) / max(1, len(lives)), 3
+        ),
+        "share_with_eviction": round(sum(life.evicted_pages > 0 for life in lives) / max(1, len(lives)), 3),
         "share_with_failed_layer": round(sum(life.failures > 0 for life in lives) / max(1, len(lives)), 3),
         "share_with_pages_elsewhere": round(sum(life.spread > 0 for life in lives) / max(1, len(lives)), 3),
         "transitions": {f"{a} -> {b}": moves[a, b] for a, b in sorted(TRANSITIONS)},

@@ -16,7 +16,7 @@ from zlib import crc32
 from crosspool.build.control import assemble
 from crosspool.build.pool_plan import PoolPlan, choose_homes
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row
-from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
+from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import NULL_PAGE, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import LayerTask
@@ -173,6 +173,7 @@ def make_world(
     kv_devices: tuple[str, ...] = ("cpu:0",),
     weights_devices: tuple[str, ...] = ("cpu:0",),
     sharding: Sharding = Sharding.LAYER,
+    prefix_cache: bool = True,
     profile: HardwareProfile | None = None,
     speed: Callable[[], float] = lambda: 1.0,
     fails: Callable[[], bool] = lambda: False,
@@ -182,6 +183,7 @@ def make_world(
     by_index = {ModelIndex(index): spec for index, spec in enumerate(specs)}
     config = EngineConfig(
         models=tuple(ModelConfig(f"model-{index}", "nowhere") for index in by_index),
+        pools=PoolConfig(prefix_cache=prefix_cache),
         scheduler=scheduler or SchedulerConfig(),
         kv_devices=kv_devices,
         weights_devices=weights_devices,
@@ -222,6 +224,7 @@ def make_request(
     model: int = 0,
     stop: frozenset[int] = frozenset(),
     min_tokens: int = 0,
+    tenant: bytes = b"",
 ) -> Request:
     return Request(
         id=RequestId(identity),
@@ -232,6 +235,7 @@ def make_request(
         seed=identity,
         stop_token_ids=stop,
         arrival=Nanoseconds(0),
+        tenant=tenant,
     )
 
 
@@ -247,8 +251,21 @@ class Life:
     aborted_in_prefill: int
     failures: int
     spread: int
+    cached_tokens: int
+    evicted_pages: int
     requests: int
     moves: Counter[tuple[State, State]]
+
+
+def check_writes_nothing_shared(world: World, grant: Grant) -> None:
+    """No row writes into a page that the prefix cache may lend to others."""
+    size = world.layouts[grant.model].tokens_per_page
+    cached = {page for chunk in world.engine._pool._cache.chunks() for page in chunk.pages}
+    for row in grant.rows:
+        last = row.start + len(row.tokens) + max(0, row.steps - 1) - 1
+        for pages in row.pages:
+            written = pages[row.start // size : last // size + 1]
+            assert not cached.intersection(written), f"request {row.request} writes into shared pages"
 
 
 def random_specs(rng: random.Random) -> list[ModelSpec]:
@@ -303,6 +320,7 @@ def live(seed: int) -> Life:
         kv_devices=kv_devices,
         weights_devices=weights_devices,
         sharding=sharding,
+        prefix_cache=rng.random() < 0.9,
         profile=HardwareProfile(rng.choice((1e8, 1e9, 1e11)), task_overhead=Nanoseconds(10_000)),
         speed=lambda: rng.uniform(0.3, 3.0),
         fails=(lambda: rng.random() < 0.01) if rng.random() < 0.2 else (lambda: False),
@@ -337,19 +355,32 @@ class _Story:
             total = rng.randint(2, longest) if rng.random() < 0.3 else rng.randint(longest // 2, longest)
             prompt = rng.choice((1, 16, rng.randint(1, 20), rng.randint(1, total), 3 * total // 4))
             prompt = min(prompt, total - 1)
+            model = rng.randrange(len(self.world.specs))
             stop = frozenset(rng.sample(range(97), 2)) if rng.random() < 0.2 else frozenset()
             most = total - prompt
             request = make_request(
                 identity,
-                tuple(rng.randrange(97) for _ in range(prompt)),
+                self._make_prompt(model, prompt, [earlier for _, earlier in arrivals]),
                 most,
-                model=rng.randrange(len(self.world.specs)),
+                model=model,
                 stop=stop,
                 min_tokens=rng.randint(0, most) if rng.random() < 0.2 else 0,
+                tenant=b"other" if rng.random() < 0.2 else b"",
             )
             time += rng.randint(0, burst)
             arrivals.append((time, request))
         return arrivals
+
+    def _make_prompt(self, model: int, length: int, earlier: list[Request]) -> tuple[int, ...]:
+        """New tokens, after the beginning of an earlier request and perhaps of its answer, or all of them."""
+        rng, beginning = self.rng, ()
+        known = [request for request in earlier if request.model == model]
+        if known and rng.random() < 0.8:
+            request = rng.choice(known)
+            beginning = (*request.prompt_token_ids, *self.world.expected(request))
+            if rng.random() < 0.5:
+                beginning = beginning[: rng.randint(0, len(beginning))]
+        return (*beginning, *(rng.randrange(97) for _ in range(length)))[:length]
 
     def tell(self) -> Life:
         world = self.world
@@ -358,6 +389,7 @@ class _Story:
         def counted(grant: Grant) -> None:
             self.decisions += 1
             self.spread += bool(grant.elsewhere)
+            check_writes_nothing_shared(world, grant)
             submit(grant)
 
         world.executor.submit = counted  # type: ignore[method-assign]
@@ -378,6 +410,8 @@ class _Story:
             aborted_in_prefill=self.aborted_in_prefill,
             failures=world.executor.failures,  # type: ignore[attr-defined]
             spread=self.spread,
+            cached_tokens=sum(model.cached_tokens for model in world.engine.stats().models),
+            evicted_pages=sum(model.cached_pages_evicted for model in world.engine.stats().models),
             requests=len(world.requests),
             moves=scheduler.moves,
         )
@@ -420,7 +454,7 @@ class _Story:
     def _check_end(self) -> None:
         world = self.world
         assert set(world.finished) == set(world.requests)
-        assert world.engine.stats().kv_pages_free == world.engine.stats().kv_pages_total
+        assert world.engine.stats().kv_pages_held == 0
         for identity, request in world.requests.items():
             expected, output, reason = (
                 world.expected(request),

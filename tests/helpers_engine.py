@@ -102,7 +102,7 @@ class ScriptedEngine:
         pass
 
     def stats(self) -> EngineStats:
-        return EngineStats((), 16, 16, 4096, 0, 0)
+        return EngineStats((), 16, 16, 0, 4096, 0, 0)
 
     def close(self) -> None:
         self.closed = True

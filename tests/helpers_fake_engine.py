@@ -64,6 +64,7 @@ class FakeEngine:
         self._next_step = 0.0
         self._woken = threading.Event()
         self._finished = {model.name: dict.fromkeys(map(str, FinishReason), 0) for model in models}
+        self._seen: set[tuple[int, bytes, tuple[int, ...]]] = set()
         self.aborted: list[RequestId] = []
 
     def add(self, request: Request) -> None:
@@ -115,6 +116,7 @@ class FakeEngine:
             models=tuple(self._model_stats(model) for model in self.info.models),
             kv_pages_total=PAGES,
             kv_pages_free=PAGES - sum(sequence.pages for sequence in self._sequences.values()),
+            kv_pages_cached=0,
             page_bytes=PAGE_BYTES,
             weights_pool_bytes=1000,
             weights_used_bytes=600,
@@ -137,9 +139,17 @@ class FakeEngine:
             finish = FinishReason.LENGTH
         count = request.sampling.logprobs
         logprobs = () if count is None else (_logprobs(token, count),)
-        self._outputs.append(EngineOutput(request.id, (token,), logprobs, finish))
+        cached = self._note_prompt(request) if sequence.made == 1 else 0
+        self._outputs.append(EngineOutput(request.id, (token,), logprobs, finish, cached_tokens=cached))
         if finish is not None:
             self._count(self._sequences.pop(request.id), finish)
+
+    def _note_prompt(self, request: Request) -> int:
+        """How many of its tokens are cached: all but the last, if its tenant has had the same prompt."""
+        prompt = (request.model, request.tenant, request.prompt_token_ids)
+        cached = len(request.prompt_token_ids) - 1 if prompt in self._seen else 0
+        self._seen.add(prompt)
+        return cached
 
     def _end(self, request: RequestId, reason: FinishReason) -> None:
         self._count(self._sequences.pop(request), reason)

@@ -50,7 +50,8 @@ class RunningServer:
         return next(s.value for family in families for s in family.samples if s.name == name)
 
     def all_pages_free(self) -> bool:
-        return self.metric("crosspool_kv_pages_free") == self.metric("crosspool_kv_pages_total")
+        unheld = self.metric("crosspool_kv_pages_free") + self.metric("crosspool_kv_pages_cached")
+        return unheld == self.metric("crosspool_kv_pages_total")
 
     def connect(self) -> socket.socket:
         address = urlsplit(self.url)

@@ -87,7 +87,7 @@ def run(*arguments: str) -> Any:
 def test_every_option_reaches_the_configs(fake: FakeServer, tmp_path: Path) -> None:
     options = (
         "a second=b --dtype float32 --weights-dtype int8 --weights-memory huge "
-        "--kv-pool-bytes 2GiB --weights-pool-bytes 500MB --page-bytes 65536 "
+        "--kv-pool-bytes 2GiB --weights-pool-bytes 500MB --page-bytes 65536 --no-prefix-cache "
         "--kv-devices cpu:0 --weights-devices cpu:1,cpu:2 --ffn-sharding tensor --threads 1 "
         "--ttft-target-ms 700 --tbt-target-ms 12.5 --host 0.0.0.0 --port 9000 --api-key secret"
     )
@@ -99,6 +99,7 @@ def test_every_option_reaches_the_configs(fake: FakeServer, tmp_path: Path) -> N
         ("second", str(tmp_path / "b"), "float32", "int8"),
     ]
     assert engine.pools.weights_memory is WeightsMemory.HUGE
+    assert not engine.pools.prefix_cache
     assert engine.pools.kv_pool_bytes == 2 * GIB
     assert engine.pools.weights_pool_bytes == 500_000_000
     assert engine.pools.page_bytes == 65536

@@ -33,6 +33,7 @@ kv_pool_bytes = "2GiB"
 weights_pool_bytes = 1000000
 kv_pool_fraction = 0.25
 weights_memory = "huge"
+prefix_cache = false
 
 [devices]
 kv_devices = ["cpu:0"]
@@ -86,6 +87,7 @@ def test_every_table_is_read(tmp_path: Path) -> None:
         "weights_pool_bytes": 1_000_000,
         "kv_pool_fraction": 0.25,
         "weights_memory": WeightsMemory.HUGE,
+        "prefix_cache": False,
     }
     assert settings.devices == {
         "kv_devices": ("cpu:0",),

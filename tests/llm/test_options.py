@@ -64,6 +64,7 @@ def test_every_option_arrives():
         page_bytes=100,
         weights_dtype="int8",
         weights_memory="huge",
+        prefix_cache=False,
         kv_devices=["cpu:0", "cpu:1"],
         weights_devices=["cpu:2"],
         sharding="tensor",
@@ -76,6 +77,7 @@ def test_every_option_arrives():
         100,
     )
     assert (config.models[0].weights_dtype, config.pools.weights_memory) == ("int8", WeightsMemory.HUGE)
+    assert not config.pools.prefix_cache
     assert (config.kv_devices, config.weights_devices) == (("cpu:0", "cpu:1"), ("cpu:2",))
     assert (config.sharding, config.threads, config.scheduler) == (Sharding.TENSOR, 3, scheduler)
 

@@ -20,14 +20,18 @@ STATS = EngineStats(
             waiting=3,
             preemptions=4,
             prompt_tokens=500,
+            cached_tokens=300,
             generation_tokens=60,
             kv_pages_held=25,
+            prefix_cache=True,
+            cached_pages_evicted=9,
             finished={"stop": 7, "length": 1},
         ),
         ModelStats('odd "name"\\', kv_pages_held=15),
     ),
     kv_pages_total=100,
-    kv_pages_free=60,
+    kv_pages_free=50,
+    kv_pages_cached=10,
     page_bytes=4096,
     weights_pool_bytes=1_000_000,
     weights_used_bytes=700_000,
@@ -51,6 +55,9 @@ def test_the_engines_figures_have_vllms_names_and_the_models_label() -> None:
     assert read["vllm:num_preemptions_total", a] == 4
     assert read["vllm:prompt_tokens_total", a] == 500
     assert read["vllm:generation_tokens_total", a] == 60
+    assert read["vllm:prefix_cache_queries_total", a] == 500
+    assert read["vllm:prefix_cache_hits_total", a] == 300
+    assert read["crosspool_prefix_cache_evicted_pages_total", a] == 9
     assert read["vllm:kv_cache_usage_perc", a] == 0.25
     assert read["vllm:request_success_total", (("finished_reason", "stop"), *a)] == 7
     assert read["vllm:request_success_total", (("finished_reason", "length"), *a)] == 1
@@ -60,7 +67,8 @@ def test_the_engines_figures_have_vllms_names_and_the_models_label() -> None:
 def test_the_pools_are_told_and_their_pages_sum_up() -> None:
     read = samples(Exposition().render(STATS))
     assert read["crosspool_kv_pages_total", ()] == 100
-    assert read["crosspool_kv_pages_free", ()] == 60
+    assert read["crosspool_kv_pages_free", ()] == 50
+    assert read["crosspool_kv_pages_cached", ()] == 10
     assert read["crosspool_kv_page_bytes", ()] == 4096
     assert read["crosspool_weights_pool_bytes", ()] == 1_000_000
     assert read["crosspool_weights_used_bytes", ()] == 700_000
@@ -74,7 +82,7 @@ def test_names_with_quotes_and_backslashes_survive() -> None:
 
 
 def test_an_empty_pool_is_no_division_by_zero() -> None:
-    nothing = EngineStats((ModelStats("a"),), 0, 0, 4096, 0, 0)
+    nothing = EngineStats((ModelStats("a"),), 0, 0, 0, 4096, 0, 0)
     assert samples(Exposition().render(nothing))["vllm:kv_cache_usage_perc", (("model_name", "a"),)] == 0
 
 

@@ -108,7 +108,7 @@ def test_pages_come_from_home_as_long_as_it_has_some() -> None:
     assert not pool.grow(table, 6 * 16 + 1) and table.snapshot() == before and pool.free == 1
     pool.check([table, other])
     pool.release(table)
-    assert [pool.free_on(device) for device in pool.devices] == [5, 5, 3]
+    assert [pool.available_on(device) for device in pool.devices] == [5, 5, 3]
     assert table.elsewhere == []
     pool.check([other])
 
@@ -154,6 +154,6 @@ def test_a_model_with_a_home_has_no_page_elsewhere() -> None:
     assert pool.most_tokens(PLAIN) == 32 and pool.most_tokens(LATENT) > make_pool(4).most_tokens(LATENT)
     plain, latent = pool.open(PLAIN, KvDevice(1)), pool.open(LATENT, KvDevice(1))
     assert pool.grow(plain, 32) and not pool.grow(plain, 33)
-    assert plain.elsewhere == [] and pool.free_on(KvDevice(1)) == 0
+    assert plain.elsewhere == [] and pool.available_on(KvDevice(1)) == 0
     assert pool.grow(latent, 1) and latent.elsewhere == [KvDevice(0)]
     pool.check([plain, latent])

@@ -31,3 +31,5 @@ def test_the_lives_go_everywhere(lives: list[Life]) -> None:
     assert sum(life.aborted_in_prefill > 0 for life in lives) >= 0.3 * SEEDS
     assert sum(life.failures > 0 for life in lives) > 0
     assert sum(life.spread > 0 for life in lives) >= 0.3 * SEEDS
+    assert sum(life.cached_tokens > 0 for life in lives) >= 0.3 * SEEDS
+    assert sum(life.evicted_pages > 0 for life in lives) >= 0.3 * SEEDS

@@ -14,7 +14,8 @@ from crosspool.core.in_flight import LayerTask
 from crosspool.core.request import FinishReason
 from crosspool.costs.layer import HardwareProfile
 from crosspool.scheduler.sequence import State
-from helpers_control_plane import MILLISECOND, World, make_request, make_world
+from helpers_control_plane import MILLISECOND, make_request, make_world
+from helpers_grants import Recorder
 from helpers_specs import gqa_spec, mla_spec
 
 pytestmark = pytest.mark.unit
@@ -22,23 +23,6 @@ pytestmark = pytest.mark.unit
 SPEC = gqa_spec(layers=4)
 PAGE = 16 * SPEC.kv_bytes_per_token  # one group, 16 tokens
 PROMPT = tuple(range(16))
-
-
-class Recorder:
-    """Every grant that the scheduler makes, in order."""
-
-    def __init__(self, world: World) -> None:
-        self.grants: list[Grant] = []
-        submit = world.executor.submit
-
-        def record(grant: Grant) -> None:
-            self.grants.append(grant)
-            submit(grant)
-
-        world.executor.submit = record  # type: ignore[method-assign]
-
-    def of(self, phase: Phase) -> list[Grant]:
-        return [grant for grant in self.grants if grant.phase is phase]
 
 
 def small_steps(**changes: int) -> SchedulerConfig:
@@ -123,7 +107,7 @@ def test_more_sequences_than_rows_take_turns() -> None:
 def test_a_full_pool_preempts_the_latest_deadline_and_the_output_stays() -> None:
     world = make_world([SPEC], page_bytes=PAGE, pages=6, scheduler=small_steps())
     for identity in range(3):
-        world.add(make_request(identity, PROMPT, 60))
+        world.add(make_request(identity, (identity, *PROMPT[1:]), 60))
     preempted: list[int] = []
     while len(world.finished) < 3:
         world.step()

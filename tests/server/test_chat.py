@@ -12,6 +12,12 @@ pytestmark = pytest.mark.integration
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 PROMPT = "user:Hi\nassistant:"
+USAGE = {
+    "prompt_tokens": len(PROMPT),
+    "completion_tokens": 7,
+    "total_tokens": len(PROMPT) + 7,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -34,7 +40,7 @@ async def test_a_whole_answer_has_openais_shape(application) -> None:
                 "stop_reason": None,
             }
         ],
-        "usage": {"prompt_tokens": len(PROMPT), "completion_tokens": 7, "total_tokens": len(PROMPT) + 7},
+        "usage": USAGE,
     }
 
 
@@ -58,11 +64,7 @@ async def test_usage_comes_last_when_it_is_asked_for(application) -> None:
     assert done == "[DONE]"
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
-    assert last["usage"] == {
-        "prompt_tokens": len(PROMPT),
-        "completion_tokens": 7,
-        "total_tokens": len(PROMPT) + 7,
-    }
+    assert last["usage"] == USAGE
 
 
 @pytest.mark.parametrize("stream", [False, True])

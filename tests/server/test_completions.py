@@ -10,6 +10,12 @@ from helpers_tiny_tokenizer import VOCAB_SIZE
 pytestmark = pytest.mark.integration
 
 PATH = "/v1/completions"
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 5,
+    "total_tokens": 8,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -30,7 +36,7 @@ async def test_a_whole_answer_has_openais_shape(application) -> None:
         "choices": [
             {"index": 0, "text": "abcab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
         ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+        "usage": USAGE,
     }
 
 
@@ -42,7 +48,7 @@ async def test_a_streamed_answer_comes_in_events(application) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abcab"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
     assert all(chunk["usage"] is None for chunk in chunks)
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert last["usage"] == USAGE
 
 
 async def test_sixteen_tokens_are_made_if_no_number_is_given(application) -> None:

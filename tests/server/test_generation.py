@@ -38,7 +38,7 @@ def stall(application, after: int) -> None:
 async def all_pages_free(application) -> None:
     def free() -> bool:
         stats = application.engine.stats()
-        return stats.kv_pages_free == stats.kv_pages_total
+        return stats.kv_pages_held == 0
 
     await wait_until(free, "pages are still held", 5)
 

@@ -33,6 +33,7 @@ async def test_a_serving_server_is_live_and_ready(application) -> None:
         "attention_bytes": info.attention_bytes,
         "ffn_bytes": info.ffn_bytes,
         "kv_bytes_per_token": info.kv_bytes_per_token,
+        "prefix_cache": info.prefix_cache,
         "max_model_len": min(info.max_context, info.max_pool_tokens),
     }
 

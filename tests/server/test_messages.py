@@ -39,7 +39,7 @@ REQUEST = Request(
 INFO = EngineInfo(
     (ModelInfo("a", ModelIndex(0), "/a", eos_token_ids=(1,)),), ("cpu:0",), ("cpu:1",), 1, 2, 3, 4, 5
 )
-STATS = EngineStats((ModelStats("a", finished={"stop": 3}), ModelStats("b")), 10, 4, 4096, 8, 7)
+STATS = EngineStats((ModelStats("a", finished={"stop": 3}), ModelStats("b")), 10, 4, 3, 4096, 8, 7)
 CONFIG = EngineConfig(
     models=(ModelConfig("a", "/a", pinned=True), ModelConfig("b", "/b", tbt_target=Nanoseconds(5))),
     pools=PoolConfig(kv_pool_bytes=123),
@@ -61,7 +61,7 @@ EVENTS = [
     messages.Outputs(
         (
             EngineOutput(RequestId(7), (5, 6), (TokenLogprobs(-0.5, 2, ((5, -0.5),)),) * 2),
-            EngineOutput(RequestId(8), (), finish_reason=FinishReason.ERROR, error="why"),
+            EngineOutput(RequestId(8), (), finish_reason=FinishReason.ERROR, error="why", cached_tokens=4),
         )
     ),
     messages.Rejected(RequestId(7), "OverloadedError", "full"),

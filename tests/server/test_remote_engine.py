@@ -17,7 +17,7 @@ from crosspool.server.remote_engine import RemoteEngine
 pytestmark = pytest.mark.unit
 
 INFO = EngineInfo((), ("cpu:0",), ("cpu:0",), 1, 2, 3, 4, 5)
-STATS = EngineStats((), 1, 2, 3, 4, 5)
+STATS = EngineStats((), 1, 2, 3, 4, 5, 6)
 ID = RequestId(3)
 REQUEST = Request(ID, ModelIndex(0), (1,), SamplingParams(), 5, 0, frozenset(), Nanoseconds(0))
 

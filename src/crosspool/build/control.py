@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ def assemble(
         plan.places,
         homes=plan.homes,
         step_tokens=max(config.scheduler.max_chunk_tokens, config.scheduler.decode_steps),
+        prefix_secret=secrets.token_bytes(32) if config.pools.prefix_cache else None,
     )
     scheduler = Scheduler(
         pool,
@@ -86,6 +88,7 @@ def _with_pools(
         kv_bytes_per_token=spec.kv_bytes_per_token,
         tokens_per_page=layout.tokens_per_page,
         layer_groups=len(layout.groups),
+        prefix_cache=pool.caches(model.index),
         attention_bytes=spec.attention_side_bytes,
         ffn_bytes=sum(ffn_bytes_by_layer(spec, topology)),
         residency=ffn_pool.residency(model.index),

@@ -28,6 +28,7 @@ def serve(
     page_bytes: options.PageBytes = None,
     device_memory: options.DeviceBytes = None,
     weights_memory: options.WeightsMemoryOption = None,
+    prefix_cache: options.PrefixCache = None,
     kv_devices: options.KvDevices = None,
     weights_devices: options.WeightsDevices = None,
     ffn_sharding: options.FfnSharding = None,
@@ -72,6 +73,7 @@ def serve(
             page_bytes=page_bytes,
             device_bytes=device_memory,
             weights_memory=weights_memory,
+            prefix_cache=prefix_cache,
         ),
         devices=_given(
             kv_devices=_devices(kv_devices),

@@ -72,6 +72,14 @@ PageBytes = Annotated[
     int | None,
     typer.Option(parser=_size, metavar="SIZE", help="A KV page; by default chosen from the models."),
 ]
+PrefixCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Keep what was computed in KV pages that nobody needs, for prompts that begin alike.",
+        show_default="prefix-cache",
+    ),
+]
 KvDevices = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Devices of the KV pool, for instance cpu:0."),

@@ -65,7 +65,8 @@ class PoolConfig:
     ``weights_pool_bytes`` None: what the models' FFN weights take. ``kv_pool_bytes`` None:
     ``kv_pool_fraction`` of the memory that the weights leave free. ``page_bytes`` None: chosen from the
     models' layouts. ``weights_memory`` holds for attention sides too. With ``device_bytes`` every device has
-    so much memory, and KV gets what the weights on a KV device leave of it.
+    so much memory, and KV gets what the weights on a KV device leave of it. ``prefix_cache``: what
+    was computed stays in pages that nobody needs, for prompts that begin with the same tokens.
     """
 
     kv_pool_bytes: int | None = None
@@ -74,6 +75,7 @@ class PoolConfig:
     page_bytes: int | None = None
     weights_memory: WeightsMemory = WeightsMemory.MAPPED
     device_bytes: int | None = None
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in ("kv_pool_bytes", "weights_pool_bytes", "page_bytes", "device_bytes"):

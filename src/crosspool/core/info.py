@@ -24,7 +24,8 @@ class ModelInfo:
     then.
 
     ``weights_dtype`` is that of its large matrices. ``max_context`` is the model's own limit,
-    ``max_pool_tokens`` how many tokens one sequence may have in the KV pool.
+    ``max_pool_tokens`` how many tokens one sequence may have in the KV pool. ``prefix_cache`` says whether
+    what it computed is kept for later prompts: not if that is switched off, or if it has window layers.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelInfo:
     kv_bytes_per_token: int = 0
     tokens_per_page: int = 0
     layer_groups: int = 0
+    prefix_cache: bool = False
     attention_bytes: int = 0
     ffn_bytes: int = 0
     residency: Residency = Residency.COLD
@@ -91,28 +93,37 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelStats:
-    """Counters (since start) and gauges (now) of one model."""
+    """Counters (since start) and gauges (now) of one model. ``cached_tokens`` of ``prompt_tokens`` were not
+    computed but taken from the prefix cache, which ``prefix_cache`` says the model has."""
 
     name: str
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generation_tokens: int = 0
     kv_pages_held: int = 0
+    prefix_cache: bool = False
+    cached_pages_evicted: int = 0
     finished: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for /metrics. Pages by model and free pages sum to ``kv_pages_total``."""
+    """A snapshot for /metrics. Pages held (by model), cached and free sum to ``kv_pages_total``."""
 
     models: tuple[ModelStats, ...]
     kv_pages_total: int
     kv_pages_free: int
+    kv_pages_cached: int
     page_bytes: int
     weights_pool_bytes: int
     weights_used_bytes: int
+
+    @property
+    def kv_pages_held(self) -> int:
+        return self.kv_pages_total - self.kv_pages_free - self.kv_pages_cached
 
 
 @dataclass(frozen=True, slots=True)

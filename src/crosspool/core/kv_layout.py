@@ -42,6 +42,10 @@ class KvLayout:
     group_of_layer: tuple[int, ...]
     place_of_layer: tuple[int, ...]
 
+    @property
+    def has_windows(self) -> bool:
+        return any(group.window is not None for group in self.groups)
+
     def chunks(self, tokens: int) -> int:
         """Number of chunks (one page per group each) that hold ``tokens`` tokens."""
         return -(-tokens // self.tokens_per_page)

@@ -24,7 +24,7 @@ class Request:
 
     ``seed`` is resolved: the draw for output token i is a function of (seed, i) alone.
     ``stop_token_ids`` holds the model's end-of-sequence ids too, unless the client ignores them.
-    ``arrival`` is on the engine's clock.
+    ``arrival`` is on the engine's clock. Only requests of one ``tenant`` use what each other has computed.
     """
 
     id: RequestId
@@ -35,6 +35,7 @@ class Request:
     seed: int
     stop_token_ids: frozenset[int]
     arrival: Nanoseconds
+    tenant: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What is new about one request since the last output: tokens in order, then perhaps its end."""
+    """What is new about one request since the last output: tokens in order, then perhaps its end.
+
+    With the first token, or soon after it, comes ``cached_tokens``: how many tokens of the prompt were not
+    computed for it.
+    """
 
     request: RequestId
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0

@@ -22,6 +22,7 @@ class _Counters:
     """What one model did since the start. A prompt counts when it has been read: at its first token."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generation_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
 
@@ -32,10 +33,17 @@ class _News:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0
     finish: FinishReason | None = None
 
     def output(self, request: RequestId) -> EngineOutput:
-        return EngineOutput(request, tuple(self.tokens), tuple(self.logprobs), self.finish)
+        return EngineOutput(
+            request,
+            tuple(self.tokens),
+            tuple(self.logprobs),
+            self.finish,
+            cached_tokens=self.cached_tokens,
+        )
 
 
 class Engine:
@@ -138,6 +146,7 @@ class Engine:
             models=tuple(self._model_stats(model) for model in self.info.models),
             kv_pages_total=self._pool.total,
             kv_pages_free=self._pool.free,
+            kv_pages_cached=self._pool.cached,
             page_bytes=self.info.page_bytes,
             weights_pool_bytes=self.info.weights_pool_bytes,
             weights_used_bytes=self.info.weights_used_bytes,
@@ -180,18 +189,25 @@ class Engine:
         counters = self._counters[sequence.request.model]
         if len(sequence.output) == 1:
             counters.prompt_tokens += len(sequence.request.prompt_token_ids)
+            counters.cached_tokens += sequence.cached_tokens
+            if sequence.cached_tokens:
+                self._news_of(event.request).cached_tokens = sequence.cached_tokens
         counters.generation_tokens += 1
         if event.finish is not None:
             counters.finished[event.finish] += 1
 
     def _note(self, event: TokenEvent) -> None:
-        item = self._news.get(event.request)
-        if item is None:
-            item = self._news[event.request] = _News()
+        item = self._news_of(event.request)
         item.tokens.append(event.token)
         if event.logprobs is not None:
             item.logprobs.append(event.logprobs)
         item.finish = event.finish
+
+    def _news_of(self, request: RequestId) -> _News:
+        item = self._news.get(request)
+        if item is None:
+            item = self._news[request] = _News()
+        return item
 
     def _retire(self, event: RetiredEvent) -> None:
         self._undecided = True
@@ -219,7 +235,10 @@ class Engine:
             waiting=self._scheduler.waiting(index),
             preemptions=self._scheduler.preemptions[index],
             prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
             generation_tokens=counters.generation_tokens,
             kv_pages_held=self._pool.held_by(index),
+            prefix_cache=model.prefix_cache,
+            cached_pages_evicted=self._pool.evicted[index],
             finished=dict(counters.finished),
         )

@@ -86,12 +86,17 @@ class AsyncLLM:
         return await asyncio.get_running_loop().run_in_executor(threads, work, front)
 
     async def prepare(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, model: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        model: str | None = None,
+        tenant: bytes = b"",
     ) -> Submission:
         """Check and tokenize a prompt, off the event loop. What is wrong with it is raised here:
-        RequestError or ModelUnavailableError."""
+        RequestError or ModelUnavailableError. Only requests of one ``tenant`` share computed prefixes."""
         token_ids = await self.with_front(model, lambda front: front.prompt_tokens(prompt))
-        return self._submission(model, token_ids, params)
+        return self._submission(model, token_ids, params, tenant)
 
     async def prepare_chat(
         self,
@@ -101,12 +106,13 @@ class AsyncLLM:
         model: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tenant: bytes = b"",
     ) -> Submission:
         """The same for a conversation, rendered by the model's chat template."""
         token_ids = await self.with_front(
             model, lambda front: front.chat_tokens(messages, tools=tools, variables=chat_template_kwargs)
         )
-        return self._submission(model, token_ids, params)
+        return self._submission(model, token_ids, params, tenant)
 
     def stream(self, *submissions: Submission) -> AsyncGenerator[TextDelta, None]:
         """Run them all and yield deltas as they come, each choice until one with a finish reason.
@@ -144,10 +150,14 @@ class AsyncLLM:
         self._threads = {front.model.name: ThreadPoolExecutor(max_workers=1) for front in fronts}
 
     def _submission(
-        self, model: str | None, token_ids: tuple[int, ...], params: SamplingParams | None
+        self, model: str | None, token_ids: tuple[int, ...], params: SamplingParams | None, tenant: bytes
     ) -> Submission:
         return self._fronts.get(model).submit(
-            token_ids, params or SamplingParams(), lambda: RequestId(next(self._ids)), self._generator
+            token_ids,
+            params or SamplingParams(),
+            lambda: RequestId(next(self._ids)),
+            self._generator,
+            tenant,
         )
 
     async def _choice(self, request: Request, assembler: OutputAssembler) -> AsyncGenerator[TextDelta, None]:

@@ -11,7 +11,8 @@ from crosspool.text.output import OutputLogprobs, TextDelta
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One choice. ``logprobs`` has an entry per token if asked for.
+    """One choice. ``logprobs`` has an entry per token if asked for. ``cached_tokens`` of its prompt were
+    found in the prefix cache, or computed for another choice.
 
     ``stop_reason`` is the stop string or stop token that ended it (None for an end-of-sequence token).
     ``finish_reason`` ERROR means that the engine failed in the middle: ``error`` says how.
@@ -23,6 +24,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     logprobs: list[OutputLogprobs] | None = None
+    cached_tokens: int = 0
     error: str | None = None
 
 
@@ -69,5 +71,6 @@ def completion(deltas: Sequence[TextDelta], index: int) -> CompletionOutput:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         logprobs=logprobs,
+        cached_tokens=last.cached_tokens,
         error=last.error,
     )

@@ -67,6 +67,21 @@ def _model_metrics(stats: EngineStats) -> Iterable[Metric]:
     ]
     counters: list[tuple[str, str, Callable[[ModelStats], float]]] = [
         ("vllm:num_preemptions", "Sequences preempted.", lambda model: model.preemptions),
+        (
+            "vllm:prefix_cache_queries",
+            "Prompt tokens that were looked for in the prefix cache.",
+            lambda model: model.prompt_tokens if model.prefix_cache else 0,
+        ),
+        (
+            "vllm:prefix_cache_hits",
+            "Prompt tokens found in the prefix cache.",
+            lambda model: model.cached_tokens,
+        ),
+        (
+            "crosspool_prefix_cache_evicted_pages",
+            "Cached pages given up because a page was needed.",
+            lambda model: model.cached_pages_evicted,
+        ),
         ("vllm:prompt_tokens", "Prompt tokens processed.", lambda model: model.prompt_tokens),
         ("vllm:generation_tokens", "Tokens generated.", lambda model: model.generation_tokens),
     ]
@@ -95,7 +110,12 @@ def _finished(stats: EngineStats) -> Iterable[Metric]:
 def _pool_metrics(stats: EngineStats) -> Iterable[Metric]:
     yield GaugeMetricFamily("crosspool_kv_pages_total", "Pages of the KV pool.", stats.kv_pages_total)
     yield GaugeMetricFamily(
-        "crosspool_kv_pages_free", "Pages of the KV pool that nobody holds.", stats.kv_pages_free
+        "crosspool_kv_pages_free", "Pages of the KV pool that hold nothing.", stats.kv_pages_free
+    )
+    yield GaugeMetricFamily(
+        "crosspool_kv_pages_cached",
+        "Pages that nobody holds, kept by the prefix cache until they are needed.",
+        stats.kv_pages_cached,
     )
     yield GaugeMetricFamily("crosspool_kv_page_bytes", "Bytes of one page of the KV pool.", stats.page_bytes)
     yield GaugeMetricFamily(

@@ -1,16 +1,22 @@
-"""The KV virtualizer: maps each sequence's positions to pages of the KV devices, for all models at once."""
+"""The KV virtualizer: maps each sequence's positions to pages of the KV devices, for all models at once.
+
+Every page is free, held by one or more page tables, or cached: nobody holds it, but what was computed into it
+is kept for whoever begins with the same tokens, until a table needs the page.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex, PageId
 from crosspool.core.kv_layout import KvLayout
 from crosspool.pools.pages import PageAllocator
+from crosspool.pools.prefix_cache import CachedChunk, PrefixCache, root_key
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +24,8 @@ class PageTable:
     """One sequence's pages: ``groups[g][i]`` holds chunk i of layer group g, NULL_PAGE if given back.
 
     ``device`` is its home, from which its pages come as long as it has some. ``kept_from[g]`` is the first
-    chunk not given back, ``held_on`` the number of pages held on each device, over all groups.
+    chunk not given back, ``held_on`` the number of pages held on each device, over all groups. The first
+    chunks, ``shared``, are in the prefix cache: other tables may hold them too, and nobody writes there.
     """
 
     model: ModelIndex
@@ -27,6 +34,7 @@ class PageTable:
     groups: list[list[PageId]]
     kept_from: list[int]
     held_on: list[int]
+    shared: list[CachedChunk] = field(default_factory=list)
     _snapshot: tuple[tuple[PageId, ...], ...] | None = field(default=None, repr=False)
 
     @property
@@ -62,13 +70,23 @@ class PageTable:
         self._snapshot = None
 
 
+class Found(NamedTuple):
+    """Chunks of a sequence that are in the prefix cache, how many of them some table holds, and the device
+    where the last of them begins."""
+
+    chunks: int = 0
+    held: int = 0
+    home: KvDevice | None = None
+
+
 class KvPool:
     """All pages of all KV devices, and the page table of every sequence that holds some.
 
     A model with an entry in ``homes`` keeps its pages on that device; others use all. ``step_tokens`` is the
     most by which a sequence grows at once (a prompt chunk): a window group holds up to that many tokens more
-    than its window. ``releases`` counts how often a table gave something back: while it stands still, no page
-    has become free and nobody has left.
+    than its window. ``prefix_secret`` is the random secret of the prefix cache's keys, None for no cache.
+    ``releases`` counts how often a table gave something back: while it stands still, no page has become free
+    and nobody has left. ``evicted`` counts cached pages given up, by model.
     """
 
     def __init__(
@@ -78,11 +96,15 @@ class KvPool:
         *,
         step_tokens: int,
         homes: Mapping[ModelIndex, KvDevice] | None = None,
+        prefix_secret: bytes | None = None,
     ) -> None:
         self._layouts = dict(layouts)
         self._homes = homes or {}
         self._allocator = PageAllocator(*(len(places.pages_of(device)) for device in places.devices))
+        self._cache = PrefixCache(self.places)
+        self._prefix_secret = prefix_secret
         self.releases = 0
+        self.evicted: Counter[ModelIndex] = Counter()
         self._held_by_model = dict.fromkeys(self._layouts, 0)
         self._step_tokens = step_tokens
         self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
@@ -104,11 +126,17 @@ class KvPool:
     def free(self) -> int:
         return self._allocator.free
 
-    def free_on(self, device: KvDevice) -> int:
-        return self._allocator.free_on(device)
+    @property
+    def cached(self) -> int:
+        """Pages that nobody holds, kept by the prefix cache until they are needed."""
+        return self._cache.resting
+
+    def available_on(self, device: KvDevice) -> int:
+        """Pages that a table could have now: free or cached."""
+        return self._allocator.free_on(device) + self._cache.resting_on[device]
 
     def held_by(self, model: ModelIndex) -> int:
-        """Pages that this model's sequences hold now."""
+        """Pages that this model's sequences hold now, those shared by several counted once."""
         return self._held_by_model[model]
 
     def layout(self, model: ModelIndex) -> KvLayout:
@@ -154,11 +182,12 @@ class KvPool:
         missing = self.missing(table, tokens)
         if missing == 0:
             return True
-        pages = self._allocator.allocate(missing, table.device, spread=table.model not in self._homes)
+        pages = self._allocate(missing, table.device, spread=table.model not in self._homes)
         if pages is None:
             return False
         for index, group in enumerate(table.groups):
             group.extend(pages[index :: len(table.groups)])
+        self._held_by_model[table.model] += missing
         self._count(table, pages, 1)
         table.changed()
         return True
@@ -180,35 +209,143 @@ class KvPool:
     def release(self, table: PageTable) -> None:
         """Give back everything; the table is empty and may grow again from position 0."""
         self.releases += 1
+        for chunk in reversed(table.shared):
+            self._let_go(table, chunk)
         for index, group in enumerate(table.groups):
-            self._give_back(table, group[table.kept_from[index] :])
+            self._give_back(table, group[max(table.kept_from[index], len(table.shared)) :])
             group.clear()
             table.kept_from[index] = 0
+        table.shared.clear()
         table.changed()
 
+    # -- the prefix cache -----------------------------------------------------------------------------
+
+    def caches(self, model: ModelIndex) -> bool:
+        """Whether this model's chunks are cached. Those of a model with window layers are not: what has
+        fallen out of a window is gone, though a sequence that begins anew would need it."""
+        return self._prefix_secret is not None and all(
+            group.window is None for group in self._layouts[model].groups
+        )
+
+    def root_key(self, model: ModelIndex, tenant: bytes) -> bytes:
+        """The key before the first chunk of a sequence of a model that is cached (see prefix_cache.py)."""
+        assert self._prefix_secret is not None
+        return root_key(self._prefix_secret, model, tenant)
+
+    def find(self, keys: Iterable[bytes]) -> Found:
+        """What there is of the chunks known by ``keys``, from the first on without a gap."""
+        found, held, last = 0, 0, None
+        for key in keys:
+            chunk = self._cache.get(key)
+            if chunk is None:
+                break
+            found += 1
+            held += not self._cache.is_resting(chunk)
+            last = chunk
+        home = None if last is None else self.places.device_of(last.pages[0])
+        return Found(found, held, home)
+
+    def share(self, table: PageTable, keys: Iterable[bytes]) -> None:
+        """Hold the cached chunks that follow those which the table shares already, ``keys`` being theirs, up
+        to the first that is not there. The table's own pages for these positions are given back."""
+        for key in keys:
+            chunk = self._cache.get(key)
+            if chunk is None:
+                return
+            self._take(table, chunk)
+
+    def publish(self, table: PageTable, keys: Iterable[bytes]) -> None:
+        """Let others use the chunks that follow those which the table shares already, now that every position
+        in them is computed. Where another table has published the same, its pages take their place."""
+        for key in keys:
+            chunk = self._cache.get(key)
+            if chunk is not None:
+                self._take(table, chunk)
+                continue
+            pages = tuple(group[len(table.shared)] for group in table.groups)
+            chunk = CachedChunk(key, table.model, pages)
+            self._cache.add(chunk)
+            self._allocator.retain(pages)
+            table.shared.append(chunk)
+
+    def _take(self, table: PageTable, chunk: CachedChunk) -> None:
+        """The table's next shared chunk."""
+        index = len(table.shared)
+        self._allocator.retain(chunk.pages)
+        if self._cache.wake(chunk):
+            self._held_by_model[table.model] += len(chunk.pages)
+        if index < table.chunks:
+            self.releases += 1
+            self._give_back(table, [group[index] for group in table.groups])
+        self._count(table, chunk.pages, 1)
+        for group, page in zip(table.groups, chunk.pages, strict=True):
+            group[index : index + 1] = (page,)
+        table.shared.append(chunk)
+        table.changed()
+
+    def _let_go(self, table: PageTable, chunk: CachedChunk) -> None:
+        self._allocator.release(chunk.pages)
+        self._count(table, chunk.pages, -1)
+        if self._allocator.references(chunk.pages[0]) == 1:
+            self._cache.rest(chunk)
+            self._held_by_model[table.model] -= len(chunk.pages)
+
+    def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId] | None:
+        """Free pages, cached chunks being given up for what is lacking, or None if there are not so many.
+
+        Cached pages at home go before pages of other devices: what is spread is slower for all its tokens.
+        """
+        allocator, cache = self._allocator, self._cache
+        if count > (self.free + self.cached if spread else self.available_on(home)):
+            return None
+        while count > allocator.free_on(home) and cache.resting_on[home]:
+            self._evict(cache.evict(home))
+        while spread and count > allocator.free:
+            self._evict(cache.evict())
+        return allocator.allocate(count, home, spread=spread)
+
+    def _evict(self, chunk: CachedChunk) -> None:
+        self._allocator.release(chunk.pages)
+        self.evicted[chunk.model] += len(chunk.pages)
+
+    # -- accounts -------------------------------------------------------------------------------------
+
     def check(self, tables: Iterable[PageTable]) -> None:
-        """Raise InvariantError unless free and held pages are exactly all pages, by device and by model."""
-        held: list[PageId] = []
-        by_model = dict.fromkeys(self._layouts, 0)
+        """Raise InvariantError unless free, held and cached pages are exactly all pages, by device and by
+        model."""
+        used: list[PageId] = []
+        held: dict[PageId, ModelIndex] = {}
         for table in tables:
-            own = Counter(map(self.places.device_of, table.held()))
+            pages = list(table.held())
+            own = Counter(map(self.places.device_of, pages))
             if table.held_on != [own[device] for device in self.devices]:
                 raise InvariantError(
                     f"a table of model {table.model} counts {table.held_on} pages, not {own}"
                 )
-            held.extend(table.held())
-            by_model[table.model] += table.pages
-        self._allocator.check(held)
-        if by_model != self._held_by_model:
-            raise InvariantError(f"pages by model are {by_model}, but {self._held_by_model} was counted")
+            used.extend(pages)
+            held.update(dict.fromkeys(pages, table.model))
+        self._cache.check(held)
+        for chunk in self._cache.chunks():
+            used.extend(chunk.pages)
+        self._allocator.check(used)
+        by_model = Counter(held.values())
+        if by_model != Counter(self._held_by_model):
+            raise InvariantError(
+                f"pages by model are {dict(by_model)}, but {self._held_by_model} was counted"
+            )
+        if len(held) + self.cached + self.free != self.total:
+            raise InvariantError(
+                f"{self.total} pages, but {len(held)} held, {self.cached} cached, {self.free} free"
+            )
 
     def _give_back(self, table: PageTable, pages: list[PageId]) -> None:
+        """Pages that no other table holds."""
         self._allocator.release(pages)
+        self._held_by_model[table.model] -= len(pages)
         self._count(table, pages, -1)
 
-    def _count(self, table: PageTable, pages: list[PageId], sign: int) -> None:
+    def _count(self, table: PageTable, pages: Collection[PageId], sign: int) -> None:
         """The table has taken these pages (1) or given them back (-1)."""
-        self._held_by_model[table.model] += sign * len(pages)
         if len(self.devices) == 1:
             table.held_on[0] += sign * len(pages)
             return

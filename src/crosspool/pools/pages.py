@@ -12,8 +12,8 @@ from crosspool.core.ids import KvDevice, PageId
 class PageAllocator:
     """Hands out equal pages, ``counts`` of them on each KV device. A page belongs to no model.
 
-    A page is free, or held by at least one table. Pages given back last are given out first, because their
-    memory is most likely still mapped and in cache.
+    A page is free, or somebody refers to it: page tables, and the prefix cache. Pages given back last are
+    given out first, because their memory is most likely still mapped and in cache.
     """
 
     def __init__(self, *counts: int) -> None:
@@ -34,6 +34,9 @@ class PageAllocator:
 
     def free_on(self, device: KvDevice) -> int:
         return len(self._free[device])
+
+    def references(self, page: PageId) -> int:
+        return self._references[page]
 
     def allocate(self, count: int, home: KvDevice, *, spread: bool = True) -> list[PageId] | None:
         """``count`` pages with one reference each, or None (and nothing taken) if there are not so many.

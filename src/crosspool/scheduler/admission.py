@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from crosspool.core.errors import OverloadedError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
 from crosspool.pools.kv import KvPool
+from crosspool.scheduler.prefixes import Prefixes
 from crosspool.scheduler.sequence import Sequence, State
 
 AGED_AFTER = 4
@@ -31,8 +32,9 @@ class _Demand:
 class Admission:
     """The lines of waiting requests. A preempted sequence comes back to its place in the line."""
 
-    def __init__(self, pool: KvPool, *, max_waiting: int, max_running: int) -> None:
+    def __init__(self, pool: KvPool, prefixes: Prefixes, *, max_waiting: int, max_running: int) -> None:
         self._pool = pool
+        self._prefixes = prefixes
         self._max_waiting = max_waiting
         self._max_running = max_running
         self._lines: dict[ModelIndex, list[Sequence]] = {}
@@ -59,6 +61,10 @@ class Admission:
         self._blocked_at = None
         insort(self._lines.setdefault(sequence.request.model, []), sequence, key=lambda s: s.order)
 
+    def retry(self) -> None:
+        """Somebody may need fewer pages of its own than before."""
+        self._blocked_at = None
+
     def leave(self, sequence: Sequence) -> None:
         self._lines[sequence.request.model].remove(sequence)
 
@@ -67,10 +73,12 @@ class Admission:
 
         A sequence may start if, beside all that running sequences still lack for their known tokens and one
         more chunk each, the pages of its own known tokens are free, on all devices within its reach together:
-        where its home lacks some, it takes those of others. The pages themselves are reserved chunk by chunk.
-        Where nothing runs within its reach it may start in any case: it fits there, or it would have been
-        refused. What running sequences take later has been counted here, so whoever did not fit is tried
-        again only when pages have been given back.
+        where its home lacks some, it takes those of others. Those that it shares with a running sequence cost
+        nothing, and cached pages count as free. The pages themselves are reserved chunk by chunk, but for
+        those found in the prefix cache. Where nothing runs within its reach it may start in any case: it fits
+        there, or it would have been refused. What running sequences take later has been counted here, so
+        whoever did not fit is tried again only when pages have been given back or a prompt has been read
+        further.
         """
         if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
@@ -89,6 +97,9 @@ class Admission:
             self.leave(sequence)
             sequence.table = self._pool.open(sequence.request.model, device)
             sequence.move(State.PREFILLING)
+            self._prefixes.take_over(sequence)
+            for other in self._pool.devices:
+                demands[other].free = self._pool.available_on(other)
             demands[device].running += 1
             demands[device].wanted += self._wants(sequence)
             started.append(sequence)
@@ -100,7 +111,7 @@ class Admission:
         return min(heads, key=lambda s: s.order, default=None)
 
     def _demands(self, running: Iterable[Sequence]) -> list[_Demand]:
-        demands = [_Demand(self._pool.free_on(device)) for device in self._pool.devices]
+        demands = [_Demand(self._pool.available_on(device)) for device in self._pool.devices]
         for sequence in running:
             if sequence.table is not None:
                 demand = demands[sequence.table.device]
@@ -109,15 +120,19 @@ class Admission:
         return demands
 
     def _place(self, sequence: Sequence, demands: list[_Demand]) -> KvDevice | None:
-        """Its home, if the sequence may start: of those within reach the device with most pages to spare."""
+        """Its home, if the sequence may start: of those within reach the device that has its prefix, if there
+        is room for the rest, or that with most pages to spare."""
         if sum(demand.running for demand in demands) >= self._max_running:
             return None
         model = sequence.request.model
-        reach = self._pool.reach(model)
+        reach, found = self._pool.reach(model), self._prefixes.find(sequence)
         running = sum(demands[device].running for device in reach)
-        needed = self._pool.pages_for(model, sequence.known + 1)
+        groups = len(self._pool.layout(model).groups)
+        needed = self._pool.pages_for(model, sequence.known + 1) - found.held * groups
         if running and needed > sum(demands[device].spare for device in reach):
             return None
+        if found.home is not None and needed <= demands[found.home].spare:
+            return found.home
         return max(reach, key=lambda device: (demands[device].spare, -device))
 
     def _wants(self, sequence: Sequence) -> int:

@@ -21,6 +21,7 @@ from crosspool.pools.kv import KvPool
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.batching import choose_chunks, choose_decodes, decode_row, phase_of, prefill_row
 from crosspool.scheduler.pipeline import Pipeline, Times
+from crosspool.scheduler.prefixes import Prefixes
 from crosspool.scheduler.running import RunningSequences
 from crosspool.scheduler.sequence import Sequence, State
 
@@ -48,7 +49,10 @@ class Scheduler:
         self._config = config
         self._targets = dict(targets)
         self._most_lanes = lanes
-        self._admission = Admission(pool, max_waiting=config.max_waiting, max_running=config.max_running)
+        self._prefixes = Prefixes(pool)
+        self._admission = Admission(
+            pool, self._prefixes, max_waiting=config.max_waiting, max_running=config.max_running
+        )
         self._sequences: dict[RequestId, Sequence] = {}
         self._running = RunningSequences(pool, self._preempted)
         self._grants: dict[GrantId, Grant] = {}
@@ -64,8 +68,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """A new request that fits the pool. Raises OverloadedError if its model's line is full."""
         ttft, tbt = self._targets[request.model]
-        own = self._pipeline.prompt_time(request.model, len(request.prompt_token_ids))
-        sequence = Sequence(request, Nanoseconds(request.arrival + ttft + own), tbt, self.moves)
+        sequence = Sequence(request, request.arrival, tbt, self.moves)
+        found = self._prefixes.found_tokens(sequence)
+        own = self._pipeline.prompt_time(request.model, sequence.known - found, found)
+        sequence.due = Nanoseconds(request.arrival + ttft + own)
         self._admission.join(sequence)
         self._sequences[request.id] = sequence
 
@@ -181,11 +187,15 @@ class Scheduler:
         return self._grant(lane, [s for s, _ in members], rows, max(steps for _, steps in members), times)
 
     def _form_prefill(self, lane: Lane, ready: list[Sequence], now: Nanoseconds) -> Grant | None:
-        chunks = choose_chunks(ready, partial(self._pipeline.chunk_fits, lane[0]), self._config)
-        chunks = [(s, tokens) for s, tokens in chunks if self._running.hold(s, s.computed + tokens)]
-        chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
+        chunks: list[tuple[Sequence, int]] = []
+        while not chunks and (chosen := self._prefixes.choose(self._ready(ready))):
+            chunks = choose_chunks(chosen, partial(self._pipeline.chunk_fits, lane[0]), self._config)
+            chunks = [(s, tokens) for s, tokens in chunks if self._running.hold(s, s.computed + tokens)]
+            chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
         if not chunks:
             return None
+        for sequence, _ in chunks:
+            self._prefixes.submitted(sequence)
         times = self._pipeline.prefill_times(lane[0], chunks, now)
         rows = [prefill_row(s, tokens) for s, tokens in chunks]
         return self._grant(lane, [s for s, _ in chunks], rows, 1, times)
@@ -269,23 +279,34 @@ class Scheduler:
         for row in grant.rows:
             sequence = self._sequences[row.request]
             sequence.grant = None
+            self._prefixes.retired(sequence)
             if event.error is not None and sequence.finish is None:
                 sequence.finish = FinishReason.ERROR
                 failed.append(sequence.request)
+            if event.error is None:
+                self._advance(sequence, row)
             if sequence.finish is not None:
                 self._forget(sequence)
-            else:
-                self._advance(sequence, row)
         return failed
 
     def _advance(self, sequence: Sequence, row: Row) -> None:
-        """Count what the row computed: its inputs, and each token it made but the last."""
+        """Count what the row computed: its inputs, and each token it made but the last.
+
+        A row whose request ended in flight may have been dropped before its pass: only its tokens show how
+        far it came.
+        """
         made = 0 if row.choice is None else len(sequence.output) - row.choice.output_index
-        if row.choice is not None and made == 0:
+        if made < 1 and sequence.finish is not None:
+            return
+        if row.choice is not None and made < 1:
             raise InvariantError(f"a grant retired without a token for request {row.request}")
         sequence.computed = row.start + len(row.tokens) + max(0, made - 1)
-        if sequence.state is State.PREFILLING and made:
-            sequence.move(State.DECODING)
+        published = self._prefixes.publish(sequence)
+        if sequence.state is State.PREFILLING:
+            if published:
+                self._admission.retry()
+            if made:
+                sequence.move(State.DECODING)
         assert sequence.table is not None
         self._pool.trim(sequence.table, sequence.computed)
 
@@ -303,5 +324,6 @@ class Scheduler:
                 raise InvariantError(f"request {sequence.request.id} is {sequence.state}, pages: {holds}")
             if holds != (sequence in self._running):
                 raise InvariantError(f"request {sequence.request.id} runs without pages, or the reverse")
-        if not self._sequences and self._pool.free != self._pool.total:
-            raise InvariantError(f"nobody runs, but {self._pool.total - self._pool.free} pages are held")
+        held = self._pool.total - self._pool.free - self._pool.cached
+        if not self._sequences and held:
+            raise InvariantError(f"nobody runs, but {held} pages are held")

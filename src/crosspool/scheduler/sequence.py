@@ -50,7 +50,8 @@ class Sequence:
     ``due`` (arrival, TTFT target and the time that the prompt itself takes) orders admission, prefill and
     preemption for the sequence's whole life: short prompts pass long ones that came a little earlier, and
     the earliest is never preempted, so somebody always comes through. ``computed`` is the number of positions
-    whose KV is in pages.
+    whose KV is in pages, ``cached_tokens`` how many of the prompt others had computed. ``chunk_keys`` are the
+    keys of the prefix cache made so far, before the first chunk and after each.
     """
 
     request: Request
@@ -59,6 +60,8 @@ class Sequence:
     moves: Counter[tuple[State, State]]
     output: list[int] = field(default_factory=list)
     computed: int = 0
+    cached_tokens: int = 0
+    chunk_keys: list[bytes] = field(default_factory=list)
     state: State = State.WAITING
     table: PageTable | None = None
     grant: GrantId | None = None

@@ -24,6 +24,7 @@ from crosspool.server.openai_responses import (
     json_response,
 )
 from crosspool.server.state import ServerState
+from crosspool.server.tenant import tenant
 
 
 def router(state: ServerState) -> APIRouter:
@@ -32,7 +33,9 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         arrival = asyncio.get_running_loop().time()
-        submission = await generation.prepared(state, request, _prepare(state, body))
+        submission = await generation.prepared(
+            state, request, _prepare(state, body, tenant(request, body.cache_salt))
+        )
         deltas = generation.run(state, [submission], arrival)
         if body.stream:
             first = await generation.begin(request, deltas)
@@ -44,11 +47,15 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-async def _prepare(state: ServerState, body: ChatRequest) -> Submission:
+async def _prepare(state: ServerState, body: ChatRequest, owner: bytes) -> Submission:
     params = body.sampling()
     generation.check_choices(state.config.limits, 1, params.n)
     return await state.llm.prepare_chat(
-        body.messages, params, model=body.model, chat_template_kwargs=body.chat_template_kwargs
+        body.messages,
+        params,
+        model=body.model,
+        chat_template_kwargs=body.chat_template_kwargs,
+        tenant=owner,
     )
 
 
@@ -68,7 +75,7 @@ def _whole(submission: Submission, choices: Sequence[generation.Choice]) -> Chat
             )
             for index, choice in enumerate(choices)
         ],
-        usage=generation.usage([submission], sum(choice.output_tokens for choice in choices)),
+        usage=generation.usage([submission], choices),
     )
 
 
@@ -83,7 +90,7 @@ class _Chunks:
         self._with_usage = with_usage
         self._id = _new_id()
         self._created = int(time.time())
-        self._output_tokens: dict[int, int] = {}
+        self._last: dict[int, TextDelta] = {}
         self._texts: dict[int, sse.TextEvents] = {}
 
     def events(self, deltas: Sequence[TextDelta]) -> bytes:
@@ -92,14 +99,16 @@ class _Chunks:
     def last(self) -> bytes:
         if not self._with_usage:
             return b""
-        return self._event([], generation.usage([self._submission], sum(self._output_tokens.values())))
+        return self._event(
+            [], generation.usage([self._submission], [self._last[index] for index in sorted(self._last)])
+        )
 
     def _events_of(self, delta: TextDelta) -> Iterator[bytes]:
         index = delta.index
-        if index not in self._output_tokens:
+        if index not in self._last:
             yield self._chunk(index, ChatMessage(role="assistant", content=""))
             self._texts[index] = sse.TextEvents(self._chunk(index, ChatMessage(content="")))
-        self._output_tokens[index] = delta.output_tokens
+        self._last[index] = delta
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return
         if delta.logprobs is None and delta.finish_reason is None:

@@ -18,6 +18,7 @@ from crosspool.server.logprobs import characters_begun, completion_logprobs
 from crosspool.server.openai_requests import CompletionRequest
 from crosspool.server.openai_responses import Completion, CompletionChoice, Usage, json_response
 from crosspool.server.state import ServerState
+from crosspool.server.tenant import tenant
 
 
 def router(state: ServerState) -> APIRouter:
@@ -26,7 +27,9 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         arrival = asyncio.get_running_loop().time()
-        submissions = await generation.prepared(state, request, _prepare(state, body))
+        submissions = await generation.prepared(
+            state, request, _prepare(state, body, tenant(request, body.cache_salt))
+        )
         deltas = generation.run(state, submissions, arrival)
         if body.stream:
             first = await generation.begin(request, deltas)
@@ -38,13 +41,13 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-async def _prepare(state: ServerState, body: CompletionRequest) -> list[Submission]:
+async def _prepare(state: ServerState, body: CompletionRequest, owner: bytes) -> list[Submission]:
     """One submission per prompt, all checked before the first is run."""
     limits = state.config.limits
     prompts, params = body.prompts(limits.max_prompts), body.sampling()
     generation.check_choices(limits, len(prompts), params.n)
     llm = state.llm
-    return [await llm.prepare(prompt, params, model=body.model) for prompt in prompts]
+    return [await llm.prepare(prompt, params, model=body.model, tenant=owner) for prompt in prompts]
 
 
 def _whole(submissions: Sequence[Submission], choices: Sequence[generation.Choice]) -> Completion:
@@ -63,7 +66,7 @@ def _whole(submissions: Sequence[Submission], choices: Sequence[generation.Choic
             )
             for index, choice in enumerate(choices)
         ],
-        usage=generation.usage(submissions, sum(choice.output_tokens for choice in choices)),
+        usage=generation.usage(submissions, choices),
     )
 
 
@@ -77,7 +80,7 @@ class _Chunks:
         self._id = _new_id()
         self._created = int(time.time())
         self._offsets: Counter[int] = Counter()
-        self._output_tokens: dict[int, int] = {}
+        self._last: dict[int, TextDelta] = {}
         self._texts: dict[int, sse.TextEvents] = {}
 
     def events(self, deltas: Sequence[TextDelta]) -> bytes:
@@ -86,11 +89,13 @@ class _Chunks:
     def last(self) -> bytes:
         if not self._with_usage:
             return b""
-        return self._event([], generation.usage(self._submissions, sum(self._output_tokens.values())))
+        return self._event(
+            [], generation.usage(self._submissions, [self._last[index] for index in sorted(self._last)])
+        )
 
     def _event_of(self, delta: TextDelta) -> bytes:
         """Nothing for a delta that has nothing to tell."""
-        self._output_tokens[delta.index] = delta.output_tokens
+        self._last[delta.index] = delta
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return b""
         if delta.logprobs is not None or delta.finish_reason is not None:

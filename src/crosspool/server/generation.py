@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,7 +18,7 @@ from crosspool.llm import OutputLogprobs, Submission, TextDelta
 from crosspool.llm.arrivals import Arrivals
 from crosspool.metrics.latency import SequenceTimer
 from crosspool.server.config import LimitsConfig
-from crosspool.server.openai_responses import Usage
+from crosspool.server.openai_responses import PromptTokensDetails, Usage
 from crosspool.server.state import ServerState
 from crosspool.server.time_limits import in_time
 
@@ -136,6 +137,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[OutputLogprobs] | None = None
     output_tokens: int = 0
+    cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -145,6 +147,7 @@ class Choice:
             self.logprobs = self.logprobs or []
             self.logprobs += delta.logprobs
         self.output_tokens = delta.output_tokens
+        self.cached_tokens = delta.cached_tokens
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
 
@@ -168,11 +171,17 @@ async def begin(request: Request, deltas: AsyncGenerator[T, None]) -> T:
     return await unless_disconnected(request, first())
 
 
-def usage(submissions: Sequence[Submission], output_tokens: int) -> Usage:
-    """Prompts count once, however many choices were made from them."""
+def usage(submissions: Sequence[Submission], choices: Sequence[Choice | TextDelta]) -> Usage:
+    """From every choice, or its last delta, in order. Prompts count once, however many choices were made from
+    them: what a choice took over from another of the same prompt is not counted as cached."""
     prompt_tokens = sum(len(submission.prompt_token_ids) for submission in submissions)
+    output_tokens = sum(choice.output_tokens for choice in choices)
+    cached_tokens, left = 0, iter(choices)
+    for submission in submissions:
+        cached_tokens += min(choice.cached_tokens for choice in islice(left, len(submission.requests)))
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=output_tokens,
         total_tokens=prompt_tokens + output_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
     )

@@ -75,6 +75,7 @@ def _model(model: ModelInfo, ready: bool) -> dict[str, Any]:
         "attention_bytes": model.attention_bytes,
         "ffn_bytes": model.ffn_bytes,
         "kv_bytes_per_token": model.kv_bytes_per_token,
+        "prefix_cache": model.prefix_cache,
         "max_model_len": model.longest,
     }
 

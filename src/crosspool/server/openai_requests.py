@@ -59,6 +59,7 @@ class GenerationRequest(ApiModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1)
 
     logit_bias: Any = None
     response_format: Any = None

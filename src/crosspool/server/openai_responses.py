@@ -8,10 +8,17 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 
+class PromptTokensDetails(BaseModel):
+    """``cached_tokens`` of the prompt tokens did not have to be computed."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(BaseModel):

@@ -137,11 +137,12 @@ class ModelFront:
         params: SamplingParams,
         new_id: Callable[[], RequestId],
         generator: random.Random,
+        tenant: bytes = b"",
     ) -> Submission:
         """The requests for one prompt: ``params.n`` of them.
 
-        ``new_id`` gives each request its id, ``generator`` the seed where the client gave none. Raises
-        InvalidRequestError and RequestTooLargeError.
+        ``new_id`` gives each request its id, ``generator`` the seed where the client gave none; see Request
+        for ``tenant``. Raises InvalidRequestError and RequestTooLargeError.
         """
         self._check_stops(params)
         max_tokens = self._max_tokens(len(prompt_token_ids), params)
@@ -157,6 +158,7 @@ class ModelFront:
                 seed=child_seed(seed, i),
                 stop_token_ids=frozenset((*eos, *params.stop_token_ids)),
                 arrival=Nanoseconds(0),
+                tenant=tenant,
             )
             for i in range(params.n)
         )

@@ -38,7 +38,8 @@ class TextDelta:
     ``index`` is the choice's place among all choices of the call. ``text`` may lag behind ``token_ids``: it
     is held back while it may become a stop string or a character is incomplete. ``logprobs`` has an entry per
     new token if they were asked for. ``stop_reason`` is the stop string or stop token that ended the choice
-    (None for an end-of-sequence token). ``output_tokens`` counts from the beginning.
+    (None for an end-of-sequence token). ``output_tokens`` counts from the beginning; of the
+    ``prompt_tokens``, ``cached_tokens`` were not computed for this choice.
     """
 
     index: int
@@ -46,6 +47,7 @@ class TextDelta:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     output_tokens: int
+    cached_tokens: int = 0
     logprobs: tuple[OutputLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -72,6 +74,7 @@ class OutputAssembler:
         self._tokenizer = tokenizer
         self._index = index
         self._tokens = 0
+        self._cached_tokens = 0
         params = request.sampling
         self._detokenizer: Detokenizer | None = None
         self._matcher: StopMatcher | None = None
@@ -86,6 +89,7 @@ class OutputAssembler:
 
     def feed(self, output: EngineOutput) -> TextDelta:
         """The delta for one output. Nothing may be fed once ``finished``."""
+        self._cached_tokens += output.cached_tokens
         hidden = self._hidden_stop_token(output)
         text: list[str] = []
         stop: str | None = None
@@ -110,6 +114,7 @@ class OutputAssembler:
             token_ids=output.token_ids[:taken],
             prompt_tokens=len(self._request.prompt_token_ids),
             output_tokens=self._tokens,
+            cached_tokens=self._cached_tokens,
             logprobs=self._logprobs(output, taken),
             finish_reason=output.finish_reason if stop is None else FinishReason.STOP,
             stop_reason=self._stop_token(output) if stop is None else stop,
