@@ -165,28 +165,6 @@ def transpose(typing: Any, sources: Any, offset: Any, out: Any, out_stride: Any)
     return types.void(*[types.int64] * 4), generate
 
 
-@intrinsic
-def interleave(typing: Any, sources: Any, offset: Any, out: Any) -> Any:
-    """A tile of 32 rows of 16 halves, as the right-hand side of a product whose sums run over the rows: of
-    each pair of rows the elements of one column beside one another. Row r is at ``sources[r] + offset``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sources, offset, out = arguments
-        pointers = builder.inttoptr(sources, I64.as_pointer())
-        halves, pairs = ir.VectorType(I16, SIDE), ir.VectorType(I16, 2 * SIDE)
-        mask = ir.Constant(ir.VectorType(I32, 2 * SIDE), [n for i in range(SIDE) for n in (i, SIDE + i)])
-        for pair in range(SIDE):
-            rows = []
-            for row in (2 * pair, 2 * pair + 1):
-                address = builder.add(builder.load(builder.gep(pointers, [I64(row)])), offset)
-                rows.append(builder.load(builder.inttoptr(address, halves.as_pointer()), align=1))
-            place = builder.inttoptr(builder.add(out, I64(64 * pair)), pairs.as_pointer())
-            builder.store(builder.shuffle_vector(*rows, mask), place, align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
 def make_room(size: int) -> Callable[[], int]:
     """room(), for compiled code: the address of ``size`` bytes of the caller's stack, on a cache line."""
 

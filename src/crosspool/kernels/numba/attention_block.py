@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from crosspool.kernels.numba.amx_attention import WIDEST, score_block, sum_block
+from crosspool.kernels.numba.attention_ahead import AHEAD_WORDS, ask, asks_a_position, look_ahead
+from crosspool.kernels.numba.attention_tile import exponentials, fold
 from crosspool.kernels.numba.batch import BLOCK, TILE, first_seen, region_of
 from crosspool.kernels.numba.compile import cpu_features, inline, kernel
 from crosspool.kernels.numba.elements import BFLOAT16, element_bytes, narrow
@@ -23,9 +25,11 @@ from crosspool.kernels.numba.linear import dot_rows
 from crosspool.kernels.numba.matrix import Matrix
 from crosspool.kernels.numba.sum_tile import add_weighted
 
-LANES = 16
-BLOCK_MINE_BYTES = 8 * TILE + 4 * (TILE * BLOCK + BLOCK)
-"""Scratch of each thread for ``attend_block``: addresses of queries, their scores, a block of floats."""
+BLOCK_MINE_BYTES = 8 * (AHEAD_WORDS + TILE) + 4 * TILE * BLOCK
+"""Scratch of each thread for ``attend_block``: what to ask for, addresses of queries, their scores."""
+
+WEIGHING, PARTS = 64, 4
+"""Positions of a block that are asked for while weights are made, and after how many parts of each."""
 
 MINUS_INFINITY = np.float32(-np.inf)
 
@@ -48,11 +52,13 @@ class AttentionShape(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """``size`` query heads of one key-value head of a row. With G query heads to a key-value head, number v
-    is head v % G of the row's query v // G; the tile begins at number ``first``."""
+    """``size`` query heads of each of ``kv_heads`` key-value heads of a row, from number ``kv_head`` on. With
+    G query heads to a key-value head, number v of these is head v % G of the row's query v // G; the tile
+    begins at number ``first``. All its query heads are TILE at most, numbered [key-value head][size]."""
 
     row: int
     kv_head: int
+    kv_heads: int
     first: int
     size: int
 
@@ -64,87 +70,111 @@ def state_bytes(shape):
 
 
 @kernel
-def attend_block(shape, batch, kv, tile, block, query, out, mine):
-    """The states of a tile's query heads over what they see of a block, to address ``out`` [count].
+def attend_block(shape, batch, kv, tile, block, query, out, head_stride, mine):
+    """The states of a tile's query heads over what they see of a block, to address ``out``: [size] for each
+    key-value head, ``head_stride`` bytes apart.
 
     ``query`` is the address of the pass's queries [T, heads, key_width] in model dtype. Nothing is written
     where nobody sees anything.
     """
     group, base = shape.heads // shape.kv_heads, block * BLOCK
     position = batch.firsts[tile.row]
-    last = position + (tile.first + tile.size - 1) // group
-    begin = max(base, first_seen(position + tile.first // group, kv.window))
-    end = min(base + BLOCK, last + 1)
+    begin, end = seen_of_block(shape, batch, kv, tile, block)
     if begin >= end:
         return
-    scores = mine + 8 * TILE
+    pace = asks_a_position(mine)
+    addresses = mine + 8 * AHEAD_WORDS
+    scores = addresses + 8 * TILE
     by_unit = batch.dtype == BFLOAT16 and shape.key_width <= WIDEST
     if by_unit:
-        _score_bfloat16(shape, batch, kv, tile, base, begin, end, query, mine, scores)
+        _score_bfloat16(shape, batch, kv, tile, base, begin, end, query, mine, pace, addresses, scores)
     else:
-        _score(shape, batch, kv, tile, base, begin, end, query, mine, scores)
+        _score(shape, batch, kv, tile, base, begin, end, query, mine, pace, addresses, scores)
     width, stride = shape.value_width, state_bytes(shape)
-    room = floats(scores + 4 * TILE * BLOCK, BLOCK)
-    for v in range(tile.size):
+    asks = WEIGHING * pace // (PARTS * tile.kv_heads * tile.size)
+    for n in range(tile.kv_heads * tile.size):
+        head, v = n // tile.size, n % tile.size
         own = position + (tile.first + v) // group
         first = min(max(begin, first_seen(own, kv.window)), end)
         seen = max(first, min(end, own + 1))
-        state = floats(out + v * stride, width + 2)
-        _fill(state, 0, width, np.float32(0))
-        weights = floats(scores + 4 * v * BLOCK, BLOCK)
+        state = floats(out + head * head_stride + v * stride, width + 2)
+        weights = floats(scores + 4 * n * BLOCK, BLOCK)
         state[width], state[width + 1] = _weigh(
-            weights, begin - base, first - base, seen - base, end - base, np.float32(shape.scale), room
+            weights, first - base, seen - base, np.float32(shape.scale), mine, asks
         )
     if by_unit:
-        _sum_bfloat16(shape, batch, kv, tile, base, begin, end, scores, out, stride)
+        _sum_bfloat16(shape, batch, kv, tile, base, begin, end, scores, out, stride, head_stride, mine, pace)
     else:
-        _sum(shape, batch, kv, tile, base, begin, end, scores, out, stride)
+        _sum(shape, batch, kv, tile, base, begin, end, scores, out, stride, head_stride, mine, pace)
+    ask(mine, pace * BLOCK)
+
+
+@inline
+def seen_of_block(shape, batch, kv, tile, block):
+    """The first position of a block that any of a tile's queries sees, and the first after them."""
+    group, position = shape.heads // shape.kv_heads, batch.firsts[tile.row]
+    last = position + (tile.first + tile.size - 1) // group
+    begin = max(block * BLOCK, first_seen(position + tile.first // group, kv.window))
+    return begin, min((block + 1) * BLOCK, last + 1)
+
+
+@inline
+def look_at_block(shape, batch, kv, tile, block, mine):
+    """From now on ask for what a tile needs of a block. ``mine`` is that of ``attend_block``."""
+    begin, end = seen_of_block(shape, batch, kv, tile, block)
+    look_ahead(shape, batch, kv, tile, begin, end, mine)
 
 
 @kernel
-def _score(shape, batch, kv, tile, base, begin, end, query, mine, scores):
+def _score(shape, batch, kv, tile, base, begin, end, query, ahead, pace, mine, scores):
     """Products of the tile's queries with the keys from position ``begin`` to ``end - 1``; that of
-    query head v and position p goes to address ``scores + 4 * (v * BLOCK + p - base)``."""
+    query head number n and position p goes to address ``scores + 4 * (n * BLOCK + p - base)``."""
     group, addresses = shape.heads // shape.kv_heads, words(mine, tile.size)
-    for v in range(tile.size):
-        place = batch.starts[tile.row] + (tile.first + v) // group
-        head = tile.kv_head * group + (tile.first + v) % group
-        step = shape.key_width * element_bytes(batch.dtype)
-        addresses[v] = query + (place * shape.heads + head) * step
-    position = begin
-    while position < end:
-        slot = position % kv.tokens_per_page
-        count = min(kv.tokens_per_page - slot, end - position)
-        region = region_of(batch, kv, tile.row, position // kv.tokens_per_page)
-        place = region + slot * shape.token_bytes + tile.kv_head * shape.head_bytes
-        keys = Matrix(place, shape.token_bytes, count, shape.key_width, batch.dtype, 0)
-        out = scores + 4 * (position - base)
-        dot_rows(keys, np.int64(0), count, addresses, batch.dtype, tile.size, out, 4 * BLOCK)
-        position += count
+    for head in range(tile.kv_head, tile.kv_head + tile.kv_heads):
+        for v in range(tile.size):
+            place = batch.starts[tile.row] + (tile.first + v) // group
+            number = place * shape.heads + head * group + (tile.first + v) % group
+            addresses[v] = query + number * shape.key_width * element_bytes(batch.dtype)
+        position = begin
+        while position < end:
+            slot = position % kv.tokens_per_page
+            count = min(kv.tokens_per_page - slot, end - position)
+            region = region_of(batch, kv, tile.row, position // kv.tokens_per_page)
+            place = region + slot * shape.token_bytes + head * shape.head_bytes
+            keys = Matrix(place, shape.token_bytes, count, shape.key_width, batch.dtype, 0)
+            out = scores + 4 * ((head - tile.kv_head) * tile.size * BLOCK + position - base)
+            dot_rows(keys, np.int64(0), count, addresses, batch.dtype, tile.size, out, 4 * BLOCK)
+            ask(ahead, pace * count // (2 * tile.kv_heads))
+            position += count
 
 
 @kernel
-def _sum(shape, batch, kv, tile, base, begin, end, weights, out, out_stride):
-    """Add to the tile's states at ``out`` the values from position ``begin`` to ``end - 1`` by their weights,
-    which are placed like the scores."""
-    position = begin
-    while position < end:
-        slot = position % kv.tokens_per_page
-        count = min(kv.tokens_per_page - slot, end - position)
-        region = region_of(batch, kv, tile.row, position // kv.tokens_per_page) + shape.value_offset
-        add_weighted(
-            region + slot * shape.token_bytes + tile.kv_head * shape.head_bytes,
-            shape.token_bytes,
-            count,
-            shape.value_width,
-            batch.dtype,
-            weights + 4 * (position - base),
-            4 * BLOCK,
-            tile.size,
-            out,
-            out_stride,
-        )
-        position += count
+def _sum(shape, batch, kv, tile, base, begin, end, weights, out, out_stride, head_stride, ahead, pace):
+    """The values from position ``begin`` to ``end - 1``, added up by their weights, which are placed like the
+    scores, to the tile's states at ``out``."""
+    for head in range(tile.kv_heads):
+        states = out + head * head_stride
+        for v in range(tile.size):
+            _fill(floats(states + v * out_stride, shape.value_width), 0, shape.value_width, np.float32(0))
+        position = begin
+        while position < end:
+            slot = position % kv.tokens_per_page
+            count = min(kv.tokens_per_page - slot, end - position)
+            region = region_of(batch, kv, tile.row, position // kv.tokens_per_page) + shape.value_offset
+            add_weighted(
+                region + slot * shape.token_bytes + (tile.kv_head + head) * shape.head_bytes,
+                shape.token_bytes,
+                count,
+                shape.value_width,
+                batch.dtype,
+                weights + 4 * (head * tile.size * BLOCK + position - base),
+                4 * BLOCK,
+                tile.size,
+                states,
+                out_stride,
+            )
+            ask(ahead, pace * count // (2 * tile.kv_heads))
+            position += count
 
 
 _by_unit = "amx-bf16" in cpu_features()
@@ -153,36 +183,26 @@ _sum_bfloat16 = sum_block if _by_unit else _sum
 
 
 @kernel
-def _weigh(weights, begin, first, seen, end, scale, room):
-    """Make weights e**(score - highest) of a block's products from ``first`` to ``seen - 1``, and 0 of the
-    others from ``begin`` to ``end - 1``. Returns the highest score and the sum of the weights.
+def _weigh(weights, first, seen, scale, ahead, asks):
+    """Make weights e**(score - highest) of a block's products from ``first`` to ``seen - 1``, and 0 of all
+    others. Returns the highest score and the sum of the weights.
 
-    Both are found by halves of a power of two from the block's begin on, so that no element moves when a
-    chunk or a window ends elsewhere. ``room`` is float32 [BLOCK].
+    Both are found by halves of the whole block, so that no element moves when a chunk or a window ends
+    elsewhere.
     """
     if first == seen:
-        _fill(weights, begin, end, np.float32(0))
+        _fill(weights, 0, BLOCK, np.float32(0))
         return MINUS_INFINITY, np.float32(0)
-    size = LANES
-    while size < seen:
-        size *= 2
-    count = seen - first
-    own, copy = _part(weights, first, count), _part(room, first, count)
-    _fill(room, 0, first, MINUS_INFINITY)
-    _fill(room, seen, size, MINUS_INFINITY)
-    for i in range(count):
+    _fill(weights, 0, first, MINUS_INFINITY)
+    _fill(weights, seen, BLOCK, MINUS_INFINITY)
+    own = _part(weights, 0, BLOCK)
+    for i in range(BLOCK):
         own[i] *= scale
-        copy[i] = own[i]
-    highest = _highest(room, size)
-    for i in range(count):
-        own[i] = exp(own[i] - highest)
-    _fill(weights, begin, first, np.float32(0))
-    _fill(weights, seen, end, np.float32(0))
-    _fill(room, 0, first, np.float32(0))
-    _fill(room, seen, size, np.float32(0))
-    for i in range(count):
-        copy[i] = own[i]
-    return highest, _total(room, size)
+    highest = fold(address_of(weights), True)
+    for part in range(PARTS):
+        exponentials(address_of(weights) + part * (4 * BLOCK // PARTS), np.int64(BLOCK // PARTS), highest)
+        ask(ahead, asks)
+    return highest, fold(address_of(weights), False)
 
 
 @inline
@@ -196,28 +216,6 @@ def _fill(values, first, last, value):
     part = _part(values, first, max(0, last - first))
     for i in range(len(part)):
         part[i] = value
-
-
-@inline
-def _highest(values, size):
-    """The highest of ``size`` values, a power of two; overwrites them."""
-    while size > 1:
-        size //= 2
-        low, high = _part(values, 0, size), _part(values, size, size)
-        for i in range(size):
-            low[i] = high[i] if high[i] > low[i] else low[i]
-    return values[0]
-
-
-@inline
-def _total(values, size):
-    """The sum of ``size`` values, a power of two, by halves; overwrites them."""
-    while size > 1:
-        size //= 2
-        low, high = _part(values, 0, size), _part(values, size, size)
-        for i in range(size):
-            low[i] += high[i]
-    return values[0]
 
 
 @inline

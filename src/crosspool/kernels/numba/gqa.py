@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crosspool.kernels.numba.attention import (
-    NOT_SPLIT,
+    any_split,
     attend,
     attend_split,
     attention_mine_bytes,
@@ -46,7 +46,7 @@ from crosspool.kernels.numba.gqa_fields import (
     VALUE_BIAS,
     WIDTH,
 )
-from crosspool.kernels.numba.intrinsics import halves, words
+from crosspool.kernels.numba.intrinsics import halves
 from crosspool.kernels.numba.matrix import matrix_at
 from crosspool.kernels.numba.projection import project, projection_units
 from crosspool.kernels.numba.team import claim, meet, share
@@ -125,7 +125,7 @@ def gqa_half(shared, own, fields, normed, batch, kv, room, mine, hidden):
     _project(shared, own, fields, normed, batch, places, mine)
     _prepare(shared, own, fields, shape, batch, kv, places, mine)
     attend(shared, own, shape, batch, kv, places.query, places.kept, kept, places.attended)
-    if _any_split(batch, kept):
+    if any_split(batch, kept):
         _merge(shared, own, shape, batch, kv, places, kept)
     output, bias = matrix_at(fields, OUTPUT), fields[OUTPUT_BIAS]
     project_all(shared, own, output, bias, places.attended, batch, hidden, ADDS, mine)
@@ -234,16 +234,6 @@ def _copy(address, count, out):
     source, target = halves(address, count // 2), halves(out, count // 2)
     for i in range(count // 2):
         target[i] = source[i]
-
-
-@inline
-def _any_split(batch, mine):
-    """Whether attention has left states of any row to be merged: its plan is the begin of its scratch."""
-    plan = words(mine, 2 * batch.rows)
-    split = 0
-    for row in range(batch.rows):
-        split += plan[2 * row] != NOT_SPLIT
-    return split > 0
 
 
 @kernel
