@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crosspool.kernels.numba.attention_ahead import look_nowhere
 from crosspool.kernels.numba.attention_block import (
     BLOCK_MINE_BYTES,
     AttentionShape,
@@ -62,14 +63,14 @@ def attend_part(shared, own, shape, batch, kv, spread, part, query, states, mine
     ``query`` is the address of the pass's queries [T, heads, key_width]; its KV is in the pages. Returns when
     every thread is done.
     """
-    plan = words(mine, PLAN_WORDS * batch.rows)
+    plan, place = words(mine, PLAN_WORDS * batch.rows), mine + 8 * PLAN_WORDS * batch.rows
     share(own, _plan(shape, batch, kv, spread, part, plan))
+    look_nowhere(place)
     row = 0
     unit = claim(shared, own)
     while unit >= 0:
         while row + 1 < batch.rows and plan[PLAN_WORDS * (row + 1) + FIRST_UNIT] <= unit:
             row += 1
-        place = mine + 8 * PLAN_WORDS * batch.rows
         number = unit - plan[PLAN_WORDS * row + FIRST_UNIT]
         _attend(shape, batch, kv, spread, part, row, number, plan, query, states, place)
         unit = claim(shared, own)
@@ -169,10 +170,10 @@ def _attend(shape, batch, kv, spread, part, row, number, plan, query, states, mi
     block = _blocks(batch, kv, spread, part, row)[plan[place + FIRST_OWN] + number // tiles]
     kv_head, first = number % tiles % shape.kv_heads, number % tiles // shape.kv_heads * TILE
     size = min(TILE, count * group - first)
-    tile = Tile(row, kv_head, _first(batch, spread, row) * group + first, size)
+    tile = Tile(row, kv_head, 1, _first(batch, spread, row) * group + first, size)
     state = plan[place + FIRST_STATE] + (block - _first_block(batch, kv, row)) * count
     out = states + (state * shape.heads + kv_head * count * group + first) * state_bytes(shape)
-    attend_block(shape, batch, kv, tile, block, query, out, mine)
+    attend_block(shape, batch, kv, tile, block, query, out, 0, mine)
 
 
 @kernel
