@@ -180,3 +180,10 @@ def test_what_a_full_pipe_does_not_take_comes_as_events_and_in_order(models, pip
         assert len(again) == 50
         tokens = [*[token for _, token in records], *late, *[token for _, token in again]]
         assert tokens == sequence.output
+
+
+def test_a_team_that_is_stuck_is_the_end_of_the_engine(typed):
+    with rig(typed[GQA], resident=True) as it:
+        it.executor._patience = -1
+        with pytest.raises(InvariantError, match="a team has ended no task for 0 s; 0 grants are in flight"):
+            it.executor.poll()

@@ -34,11 +34,15 @@ from crosspool.workers.resident.protocol import (
 )
 from crosspool.workers.resident.run import run_leader, run_member, stage_addresses
 from crosspool.workers.resident.spread import spread_context, teams_of
+from crosspool.workers.resident.watch import Watch
 
 _log = logging.getLogger(__name__)
 
 MOST_TEAMS = 62
 """A slot has a word with a bit for each."""
+
+PATIENCE = Nanoseconds(30_000_000_000)
+"""No layer task takes so long."""
 
 FAILED = "an internal error ended this request; the server's log says more"
 
@@ -59,7 +63,8 @@ class ResidentExecutor:
     ``backends`` are in the order of ``topology.teams``. ``arena`` is uint8 [pages, page_bytes], the pages of
     all KV devices as ``places`` says. ``most_tokens`` and ``most_rows`` bound every micro-batch: the scratch
     is for so many. With ``tasks`` the teams return to Python after so many layer tasks: what it costs is what
-    lowering saves. ``compiling`` is told how many of the compiled stages are there.
+    lowering saves. A team that ends no task for ``patience`` is stuck. ``compiling`` is told how many of the
+    compiled stages are there.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class ResidentExecutor:
         most_tokens: int,
         most_rows: int,
         tasks: int | None = None,
+        patience: Nanoseconds = PATIENCE,
         compiling: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         for model in models.values():
@@ -93,6 +99,7 @@ class ResidentExecutor:
         self._flying: dict[int, _InFlight] = {}
         self._slots_of: dict[RequestId, set[int]] = {}
         self._seen_news = 0
+        self._watch, self._patience = Watch(), patience
         self._piped = False
         self._broken: Exception | None = None
         self._closed = False
@@ -179,9 +186,11 @@ class ResidentExecutor:
         self._piped = True
 
     def poll(self) -> list[Event]:
-        """Raises InvariantError if a team has died of a bug: nothing can be relied on then."""
+        """Raises InvariantError if a team has died of a bug, or is stuck in a task: nothing can be relied on
+        then."""
         if self._broken is not None:
             raise InvariantError("a worker thread has died") from self._broken
+        self._look_at_teams()
         self._seen_news = read_word(self._control.address + 8 * layout.NEWS)
         events: list[Event] = []
         for team in range(len(self._crews)):
@@ -204,6 +213,16 @@ class ResidentExecutor:
         for thread in self._threads:
             thread.join()
         self._flying.clear()
+
+    def _look_at_teams(self) -> None:
+        teams = [team_address(self._control, team) for team in range(len(self._crews))]
+        beats = [read_word(team + 8 * layout.BEATS) for team in teams]
+        silence = self._watch.silence(beats, Nanoseconds(time.monotonic_ns()))
+        if silence > self._patience:
+            raise InvariantError(
+                f"a team has ended no task for {silence / 1e9:.0f} s; "
+                f"{len(self._flying)} grants are in flight"
+            )
 
     # -- slots ----------------------------------------------------------------------------------------
 
