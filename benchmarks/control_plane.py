@@ -161,9 +161,8 @@ def per_table_page(seconds: float) -> dict[str, object]:
     """
     layout, tokens, chunks = make_layout(SPEC, choose_page_bytes([SPEC])), list(range(1 << 16)), 1000
     model, device, size = ModelIndex(0), KvDevice(0), layout.tokens_per_page
-    pool = KvPool(
-        {model: layout}, devices=1, pages_per_device=2 * chunks, step_tokens=1, prefix_secret=bytes(32)
-    )
+    places = DevicePages.of([2 * chunks])
+    pool = KvPool({model: layout}, places, step_tokens=1, prefix_secret=bytes(32))
     root, times = pool.root_key(model, b""), {"grown": [], "published": [], "found": []}
     deadline, salt = time.monotonic() + seconds, 0
     while time.monotonic() < deadline:

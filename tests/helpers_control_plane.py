@@ -29,6 +29,7 @@ from crosspool.core.topology import Sharding
 from crosspool.costs.layer import HardwareProfile
 from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
+from crosspool.pools.quotas import Quota
 from crosspool.scheduler.sequence import State
 from crosspool.sim.clock import VirtualClock
 from crosspool.sim.executor import SimExecutor
@@ -178,11 +179,15 @@ def make_world(
     speed: Callable[[], float] = lambda: 1.0,
     fails: Callable[[], bool] = lambda: False,
     watch: Callable[[LayerTask, int, int], None] | None = None,
+    quotas: list[Quota] | None = None,
 ) -> World:
-    """An engine over these models with ``pages`` pages on each KV device."""
+    """An engine over these models with ``pages`` pages on each KV device. ``quotas`` are in pages."""
     by_index = {ModelIndex(index): spec for index, spec in enumerate(specs)}
     config = EngineConfig(
-        models=tuple(ModelConfig(f"model-{index}", "nowhere") for index in by_index),
+        models=tuple(
+            _model_config(index, quota, page_bytes)
+            for index, quota in enumerate(quotas or [Quota()] * len(specs))
+        ),
         pools=PoolConfig(prefix_cache=prefix_cache),
         scheduler=scheduler or SchedulerConfig(),
         kv_devices=kv_devices,
@@ -214,6 +219,11 @@ def make_world(
     ]
     engine = assemble(config, models, by_index, plan, ffn_pool, executor, clock, profile)
     return World(engine, executor, clock, config, by_index, layouts)
+
+
+def _model_config(index: int, quota: Quota, page_bytes: int) -> ModelConfig:
+    cap = None if quota.cap is None else quota.cap * page_bytes
+    return ModelConfig(f"model-{index}", "nowhere", kv_floor_bytes=quota.floor * page_bytes, kv_cap_bytes=cap)
 
 
 def make_request(
@@ -308,14 +318,17 @@ def live(seed: int) -> Life:
         turn_steps=rng.randint(1, 4),
         ttft_target=Nanoseconds(rng.choice((1, 20, 500)) * MILLISECOND),
         tbt_target=Nanoseconds(rng.choice((1, 10, 100)) * MILLISECOND),
+        outgrowth_risk=rng.choice((1.0, 1.0, 0.5, 0.01)),
     )
     page_bytes = max(16 * spec.kv_bytes_per_token_layer for spec in specs) * rng.choice((1, 2))
     longest = rng.randint(60, 200)
     shared_by = 1 if sharding is Sharding.MODEL else len(kv_devices)
+    quotas, pages = _tight_pool(specs, page_bytes, longest, rng)
     world = make_world(
         specs,
         page_bytes=page_bytes,
-        pages=-(-_tight_pool(specs, page_bytes, longest, rng) // shared_by),
+        pages=-(-pages // shared_by),
+        quotas=quotas,
         scheduler=scheduler,
         kv_devices=kv_devices,
         weights_devices=weights_devices,
@@ -328,11 +341,22 @@ def live(seed: int) -> Life:
     return _Story(world, rng, longest).tell()
 
 
-def _tight_pool(specs: list[ModelSpec], page_bytes: int, longest: int, rng: random.Random) -> int:
-    """Pages for the longest request of the hungriest model, and a little more."""
-    layouts = [make_layout(spec, page_bytes) for spec in specs]
-    least = max(layout.pages(longest) for layout in layouts)
-    return least + rng.randint(0, least // 2)
+def _tight_pool(
+    specs: list[ModelSpec], page_bytes: int, longest: int, rng: random.Random
+) -> tuple[list[Quota], int]:
+    """Pages for the longest request of any model beside the floors of the others, and a little more."""
+    needs = [make_layout(spec, page_bytes).pages(longest) for spec in specs]
+    quotas = [Quota()] * len(specs)
+    if rng.random() < 0.25:
+        quotas = [Quota(share, share) for need in needs for share in (need + rng.randint(0, need // 2),)]
+    elif rng.random() < 0.35:
+        quotas = [
+            Quota(rng.choice((0, 1, rng.randint(0, need))), rng.choice((None, need + rng.randint(0, need))))
+            for need in needs
+        ]
+    floors = sum(quota.floor for quota in quotas)
+    least = max(need + floors - quota.floor for need, quota in zip(needs, quotas, strict=True))
+    return quotas, max(least, floors) + rng.randint(0, max(needs) // 2)
 
 
 class _Story:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import describe
 
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.kv_layout import KvLayout, LayerGroup
 from crosspool.core.request import Request
@@ -92,10 +93,8 @@ class Replay:
         self, pages: int, tokens_per_page: int, cache: PrefixCache, speeds: tuple[float, float]
     ) -> None:
         layout = KvLayout(1, tokens_per_page, (LayerGroup((0,), None),), 1, (0,), (0,))
-        self.pool = KvPool(
-            {MODEL: layout}, devices=1, pages_per_device=pages, step_tokens=1, prefix_secret=b"s" * 32
-        )
-        self.pool._caches[DEVICE] = cache
+        self.pool = KvPool({MODEL: layout}, DevicePages.of([pages]), step_tokens=1, prefix_secret=b"s" * 32)
+        self.pool._cache = cache
         self._prefixes = Prefixes(self.pool)
         self._prefill_time, self._decode_time = 1 / speeds[0], speeds[1]
         self._outputs: dict[RequestId, tuple[int, ...]] = {}
@@ -117,7 +116,7 @@ class Replay:
         self.pool.check([])
 
     def _at(self, now: float) -> None:
-        cache = self.pool._caches[DEVICE]
+        cache = self.pool._cache
         if isinstance(cache, PlainLru):
             cache.now = now
 

@@ -203,7 +203,7 @@ def test_preemption_changes_no_token_greedy_or_drawn(build, folders, placement):
     outputs = []
     for pages in (1000, 14):
         pools = PoolConfig(kv_pool_bytes=pages * 8192, page_bytes=8192)
-        scheduler = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=64)
+        scheduler = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=64, outgrowth_risk=1.0)
         engine = build(config_of(folders, pools, scheduler=scheduler, **placement))
         outputs.append(serve(engine, requests))
         preempted = sum(model.preemptions for model in engine.stats().models)

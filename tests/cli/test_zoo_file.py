@@ -27,6 +27,8 @@ weights_dtype = "int8"
 pinned = true
 ttft_target_ms = 500
 tbt_target_ms = 12.5
+kv_floor_bytes = "256MiB"
+kv_cap_bytes = "1GiB"
 
 [pools]
 kv_pool_bytes = "2GiB"
@@ -80,6 +82,8 @@ def test_every_table_is_read(tmp_path: Path) -> None:
             pinned=True,
             ttft_target=500_000_000,
             tbt_target=12_500_000,
+            kv_floor_bytes=2**28,
+            kv_cap_bytes=2**30,
         ),
     )
     assert settings.pools == {
@@ -108,6 +112,13 @@ def test_relative_folders_are_relative_to_the_file(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     config = read_zoo_file(path.relative_to(tmp_path)).engine_config("auto")
     assert [(model.name, model.path) for model in config.models] == [("big", str(tmp_path / "zoos" / "big"))]
+
+
+def test_a_models_share_of_the_kv_pool_comes_to_its_config(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    text = '[[models]]\npath = "big"\nkv_floor_bytes = 4096\nkv_cap_bytes = "8KiB"\n'
+    (model,) = read_zoo_file(write(tmp_path, text)).engine_config("auto").models
+    assert (model.kv_floor_bytes, model.kv_cap_bytes) == (4096, 8192)
 
 
 @pytest.mark.parametrize(

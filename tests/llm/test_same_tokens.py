@@ -56,7 +56,7 @@ CONFIGS = {
 LENGTHS = (1, 16, 33, 70, 130)
 PARAMS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=40, ignore_eos=True, seed=11)
-SMALL = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=32)
+SMALL = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=32, outgrowth_risk=1.0)
 
 
 def prompts(name: str) -> list[list[int]]:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 SPEC = gqa_spec(layers=4)
 PAGE = 16 * SPEC.kv_bytes_per_token  # one group, 16 tokens
 PROMPT = tuple(range(90))
-CONFIG = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=32, decode_steps=4)
+CONFIG = SchedulerConfig(chunk_quantum=16, max_chunk_tokens=32, decode_steps=4, outgrowth_risk=1.0)
 
 
 def world_of(pages: int = 60, **options: object) -> tuple[World, Recorder]:

@@ -26,7 +26,14 @@ PROMPT = tuple(range(16))
 
 
 def small_steps(**changes: int) -> SchedulerConfig:
-    values: dict[str, int] = {"chunk_quantum": 16, "max_chunk_tokens": 32, "decode_steps": 2, **changes}
+    """Without a gate of risk: what happens when the pool is full is to be seen."""
+    values: dict[str, float] = {
+        "chunk_quantum": 16,
+        "max_chunk_tokens": 32,
+        "decode_steps": 2,
+        "outgrowth_risk": 1.0,
+        **changes,
+    }
     return SchedulerConfig(**values)  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from crosspool.build.pool_plan import PoolPlan, ffn_bytes_by_layer
+from crosspool.build.quotas import check_rooms, quotas_of
 from crosspool.core.config import EngineConfig
 from crosspool.core.ids import ModelIndex, Nanoseconds
 from crosspool.core.info import EngineInfo, ModelInfo
@@ -18,7 +19,7 @@ from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
 from crosspool.pools.kv import KvPool
 from crosspool.scheduler.pipeline import Pipeline
-from crosspool.scheduler.scheduler import Scheduler
+from crosspool.scheduler.scheduler import Lanes, Scheduler
 
 
 def assemble(
@@ -30,28 +31,34 @@ def assemble(
     executor: Executor,
     clock: Clock,
     profile: HardwareProfile | None = None,
+    lanes: Lanes | None = None,
 ) -> Engine:
-    """The engine over an executor.
+    """The engine over an executor. ``lanes`` follow from the topology unless they are given.
 
-    ``specs`` holds the models that loaded, ``models`` every configured one.
+    ``specs`` holds the models that loaded, ``models`` every configured one. Raises ConfigError if the models'
+    shares of the KV pool cannot be kept.
     """
+    layouts = {index: plan.layouts[index] for index in specs}
     pool = KvPool(
-        {index: plan.layouts[index] for index in specs},
+        layouts,
         plan.places,
         homes=plan.homes,
         step_tokens=max(config.scheduler.max_chunk_tokens, config.scheduler.decode_steps),
+        quotas=quotas_of(config, layouts, plan),
         prefix_secret=secrets.token_bytes(32) if config.pools.prefix_cache else None,
     )
+    check_rooms(config, pool, plan.page_bytes)
     scheduler = Scheduler(
         pool,
         Pipeline(specs, profile or HardwareProfile(), config.scheduler),
         config.scheduler,
         {index: _targets(config, index) for index in specs},
-        lanes=1 if config.topology.one_device else 2,
+        lanes=lanes or Lanes(alone=1 if config.topology.one_device else 2),
     )
     info = EngineInfo(
         models=tuple(
-            _with_pools(model, specs.get(model.index), config.topology, pool, ffn_pool) for model in models
+            _with_pools(model, specs.get(model.index), config.topology, pool, ffn_pool, plan.page_bytes)
+            for model in models
         ),
         kv_devices=config.kv_devices,
         weights_devices=config.weights_devices,
@@ -70,7 +77,12 @@ def _targets(config: EngineConfig, index: ModelIndex) -> tuple[Nanoseconds, Nano
 
 
 def _with_pools(
-    model: ModelInfo, spec: ModelSpec | None, topology: Topology, pool: KvPool, ffn_pool: FfnPool
+    model: ModelInfo,
+    spec: ModelSpec | None,
+    topology: Topology,
+    pool: KvPool,
+    ffn_pool: FfnPool,
+    page_bytes: int,
 ) -> ModelInfo:
     """The model's entry with what its spec and the pools say."""
     if spec is None:
@@ -84,6 +96,7 @@ def _with_pools(
         vocab_size=spec.vocab_size,
         max_context=spec.max_context,
         max_pool_tokens=pool.most_tokens(model.index),
+        max_pool_bytes=pool.quotas(model.index).most(model.index) * page_bytes,
         eos_token_ids=spec.eos_token_ids,
         kv_bytes_per_token=spec.kv_bytes_per_token,
         tokens_per_page=layout.tokens_per_page,

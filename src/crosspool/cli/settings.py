@@ -24,6 +24,8 @@ class ModelEntry:
     pinned: bool = False
     ttft_target: Nanoseconds | None = None
     tbt_target: Nanoseconds | None = None
+    kv_floor_bytes: int = 0
+    kv_cap_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,4 +76,6 @@ def _model_config(entry: ModelEntry, default_dtype: str, default_weights_dtype: 
         pinned=entry.pinned,
         ttft_target=entry.ttft_target,
         tbt_target=entry.tbt_target,
+        kv_floor_bytes=entry.kv_floor_bytes,
+        kv_cap_bytes=entry.kv_cap_bytes,
     )

@@ -22,6 +22,9 @@ class ModelConfig:
     ``dtype`` is "auto" (as stored), "float32", "bfloat16" or "float16". ``weights_dtype`` is "auto" (as
     ``dtype``) or "int8": projections, experts and LM head are quantised while they load. ``ttft_target`` and
     ``tbt_target`` override the scheduler's for this model. ``pinned`` weights are never evicted.
+
+    Of the KV pool, ``kv_floor_bytes`` are kept for this model, and it holds ``kv_cap_bytes`` at most (None:
+    all that the others' floors leave); both count whole pages, over all devices.
     """
 
     name: str
@@ -31,6 +34,8 @@ class ModelConfig:
     pinned: bool = False
     ttft_target: Nanoseconds | None = None
     tbt_target: Nanoseconds | None = None
+    kv_floor_bytes: int = 0
+    kv_cap_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200 or any(c.isspace() for c in self.name):
@@ -39,6 +44,13 @@ class ModelConfig:
             target = getattr(self, field_name)
             if target is not None and target < 1:
                 raise ConfigError(f"model {self.name}: {field_name} must be above 0, not {target}")
+        if self.kv_floor_bytes < 0:
+            raise ConfigError(f"model {self.name}: kv_floor_bytes must not be below 0: {self.kv_floor_bytes}")
+        if self.kv_cap_bytes is not None and self.kv_cap_bytes < max(1, self.kv_floor_bytes):
+            raise ConfigError(
+                f"model {self.name}: kv_cap_bytes {self.kv_cap_bytes:,} must be above 0, and not below "
+                f"kv_floor_bytes {self.kv_floor_bytes:,}"
+            )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(
                 f"model {self.name}: dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}"
@@ -100,7 +112,8 @@ class SchedulerConfig:
     ``chunk_layer_cost`` ns a layer by the cost model, ``max_chunk_tokens`` at most. A decode grant runs
     ``decode_steps`` tokens before it returns, unless it is recalled; where more sequences decode than
     ``max_batch_rows``, they take turns of ``turn_steps``. ``max_waiting`` bounds each model's queue,
-    ``max_running`` the sequences that hold pages.
+    ``max_running`` the sequences that hold pages. While some run, another starts only if the chance that they
+    all outgrow the KV pool is at most ``outgrowth_risk`` (1: whatever the chance).
     """
 
     ttft_target: Nanoseconds = Nanoseconds(1 * SECOND)
@@ -114,10 +127,13 @@ class SchedulerConfig:
     turn_steps: int = 4
     max_waiting: int = 1024
     max_running: int = 256
+    outgrowth_risk: float = 0.5
 
     def __post_init__(self) -> None:
+        if not 0 < self.outgrowth_risk <= 1:
+            raise ConfigError(f"outgrowth_risk must be above 0 and at most 1, not {self.outgrowth_risk}")
         for name in self.__slots__:
-            if getattr(self, name) < 1:
+            if name != "outgrowth_risk" and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.decode_steps > MOST_DECODE_STEPS:
             raise ConfigError(f"decode_steps must be at most {MOST_DECODE_STEPS}, not {self.decode_steps}")

@@ -24,8 +24,9 @@ class ModelInfo:
     then.
 
     ``weights_dtype`` is that of its large matrices. ``max_context`` is the model's own limit,
-    ``max_pool_tokens`` how many tokens one sequence may have in the KV pool. ``prefix_cache`` says whether
-    what it computed is kept for later prompts: not if that is switched off, or if it has window layers.
+    ``max_pool_tokens`` how many tokens one sequence may have in the KV pool, ``max_pool_bytes`` how much of
+    the pool all its sequences may hold. ``prefix_cache`` says whether what it computed is kept for later
+    prompts: not if that is switched off, or if it has window layers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelInfo:
     vocab_size: int = 0
     max_context: int = 0
     max_pool_tokens: int = 0
+    max_pool_bytes: int = 0
     eos_token_ids: tuple[int, ...] = ()
     kv_bytes_per_token: int = 0
     tokens_per_page: int = 0
@@ -62,14 +64,15 @@ class ModelInfo:
     def check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         """Raises RequestTooLargeError, with the numbers, for what no state of the pool could hold."""
         total = prompt_tokens + max_tokens
-        for limit, what in (
-            (self.max_context, f"the context of {self.name}"),
-            (self.max_pool_tokens, "the KV pool's room for one request"),
+        held = f" (all requests of {self.name} together may hold {self.max_pool_bytes:,} bytes of it)"
+        for limit, what, note in (
+            (self.max_context, f"the context of {self.name}", ""),
+            (self.max_pool_tokens, "the KV pool's room for one request", held),
         ):
             if total > limit:
                 raise RequestTooLargeError(
                     f"{prompt_tokens} prompt tokens and {max_tokens} to generate are {total} tokens, more "
-                    f"than {what}, which is {limit}",
+                    f"than {what}, which is {limit}{note}",
                     parameter="max_tokens",
                 )
 

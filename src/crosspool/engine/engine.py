@@ -14,7 +14,7 @@ from crosspool.core.protocols import Clock, Executor
 from crosspool.core.request import EngineOutput, FinishReason, Request, TokenLogprobs
 from crosspool.pools.kv import KvPool
 from crosspool.scheduler.scheduler import Scheduler
-from crosspool.scheduler.sequence import Sequence
+from crosspool.scheduler.sequence import Sequence, Wait
 
 
 @dataclass(slots=True)
@@ -126,6 +126,10 @@ class Engine:
     def stream_to(self, pipe: int) -> None:
         """Let tokens go into a pipe as they are made (Executor.stream_to); ``take`` then leaves those out."""
         self._executor.stream_to(pipe)
+
+    def waits(self) -> dict[RequestId, Wait]:
+        """Who waits for pages of the KV pool now, and why."""
+        return self._scheduler.waits()
 
     def has_work(self) -> bool:
         """Whether any request has not given back everything, or an output has not been fetched."""

@@ -6,6 +6,7 @@ is kept for whoever begins with the same tokens, until a table needs the page.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex, PageId
 from crosspool.core.kv_layout import KvLayout
 from crosspool.pools.pages import PageAllocator
 from crosspool.pools.prefix_cache import CachedChunk, PrefixCache, root_key
+from crosspool.pools.quotas import Quota, Quotas
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +86,10 @@ class KvPool:
 
     A model with an entry in ``homes`` keeps its pages on that device; others use all. ``step_tokens`` is the
     most by which a sequence grows at once (a prompt chunk): a window group holds up to that many tokens more
-    than its window. ``prefix_secret`` is the random secret of the prefix cache's keys, None for no cache.
-    ``releases`` counts how often a table gave something back: while it stands still, no page has become free
-    and nobody has left. ``evicted`` counts cached pages given up, by model.
+    than its window. ``quotas`` are those of models that have one. ``prefix_secret`` is the random secret of
+    the prefix cache's keys, None for no cache. ``releases`` counts how often a table gave something back:
+    while it stands still, no page has become free and nobody has left. ``evicted`` counts cached pages given
+    up, by model.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class KvPool:
         *,
         step_tokens: int,
         homes: Mapping[ModelIndex, KvDevice] | None = None,
+        quotas: Mapping[ModelIndex, Quota] | None = None,
         prefix_secret: bytes | None = None,
     ) -> None:
         self._layouts = dict(layouts)
@@ -105,7 +109,7 @@ class KvPool:
         self._prefix_secret = prefix_secret
         self.releases = 0
         self.evicted: Counter[ModelIndex] = Counter()
-        self._held_by_model = dict.fromkeys(self._layouts, 0)
+        self._quotas = self._make_quotas(quotas or {})
         self._step_tokens = step_tokens
         self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
 
@@ -117,6 +121,10 @@ class KvPool:
     @property
     def devices(self) -> tuple[KvDevice, ...]:
         return self.places.devices
+
+    @property
+    def models(self) -> Iterable[ModelIndex]:
+        return self._layouts.keys()
 
     @property
     def total(self) -> int:
@@ -137,7 +145,24 @@ class KvPool:
 
     def held_by(self, model: ModelIndex) -> int:
         """Pages that this model's sequences hold now, those shared by several counted once."""
-        return self._held_by_model[model]
+        return self._quotas[model].held_by(model)
+
+    @property
+    def held(self) -> int:
+        """Pages that any sequence holds."""
+        return self.total - self.free - self.cached
+
+    def quotas(self, model: ModelIndex) -> Quotas:
+        """The account of all models that share this one's devices."""
+        return self._quotas[model]
+
+    def available_within(self, reach: Iterable[KvDevice]) -> int:
+        """Pages of these devices that are free or cached."""
+        return sum(map(self.available_on, reach))
+
+    def available_to(self, model: ModelIndex) -> int:
+        """Pages that are free or cached and that this model may take."""
+        return self._quotas[model].available(model, self.available_within(self.reach(model)))
 
     def layout(self, model: ModelIndex) -> KvLayout:
         return self._layouts[model]
@@ -159,8 +184,18 @@ class KvPool:
                 pages += min(chunks, layout.chunks(group.window + self._step_tokens) + 1)
         return pages
 
+    def settled_pages(self, model: ModelIndex, tokens: int) -> int:
+        """Pages that one sequence of this model holds when it grows beyond ``tokens`` token by token."""
+        layout = self._layouts[model]
+        chunks = layout.chunks(tokens)
+        return sum(
+            chunks if group.window is None else min(chunks, layout.chunks(group.window) + 1)
+            for group in layout.groups
+        )
+
     def most_tokens(self, model: ModelIndex) -> int:
-        """The longest sequence of this model that all devices within its reach can hold together."""
+        """The longest sequence of this model that all devices within its reach can hold together, and its
+        quota allows."""
         return self._most_tokens[model]
 
     def open(self, model: ModelIndex, device: KvDevice) -> PageTable:
@@ -177,17 +212,19 @@ class KvPool:
         """Give the table a place for every position below ``tokens``: all of the pages it lacks, or none.
 
         They come from its home; what that lacks, from other devices within the model's reach. A chunk's pages
-        are taken together.
+        are taken together. Nothing is taken that is kept for other models, or would pass the model's cap.
         """
         missing = self.missing(table, tokens)
         if missing == 0:
             return True
+        if missing > self.available_to(table.model):
+            return False
         pages = self._allocate(missing, table.device, spread=table.model not in self._homes)
         if pages is None:
             return False
         for index, group in enumerate(table.groups):
             group.extend(pages[index :: len(table.groups)])
-        self._held_by_model[table.model] += missing
+        self._quotas[table.model].count(table.model, missing)
         self._count(table, pages, 1)
         table.changed()
         return True
@@ -247,12 +284,26 @@ class KvPool:
 
     def share(self, table: PageTable, keys: Iterable[bytes]) -> None:
         """Hold the cached chunks that follow those which the table shares already, ``keys`` being theirs, up
-        to the first that is not there. The table's own pages for these positions are given back."""
+        to the first that is not there, or that the model's quota forbids. The table's own pages for these
+        positions are given back."""
         for key in keys:
             chunk = self._cache.get(key)
-            if chunk is None:
+            if chunk is None or not self._may_take(table, chunk):
                 return
             self._take(table, chunk)
+
+    def shared_by_others(self, table: PageTable) -> float:
+        """The part of a table's pages that is on the others' account: of chunks that n tables hold, all but
+        an n-th. Whoever holds a chunk holds all before it, so that ever fewer hold the later ones; all are
+        taken to be held by as many as the first."""
+
+        def holders(chunk: CachedChunk) -> int:
+            return self._allocator.references(chunk.pages[0]) - 1
+
+        if not table.shared or holders(table.shared[0]) == 1:
+            return 0.0
+        chunks = bisect_left(table.shared, True, key=lambda chunk: holders(chunk) == 1)
+        return chunks * len(table.groups) * (1 - 1 / holders(table.shared[0]))
 
     def publish(self, table: PageTable, keys: Iterable[bytes]) -> None:
         """Let others use the chunks that follow those which the table shares already, now that every position
@@ -268,12 +319,16 @@ class KvPool:
             self._allocator.retain(pages)
             table.shared.append(chunk)
 
+    def _may_take(self, table: PageTable, chunk: CachedChunk) -> bool:
+        """Whether the model may hold a cached chunk (which may be in place of pages that the table holds)."""
+        return not self._cache.is_resting(chunk) or len(chunk.pages) <= self.available_to(table.model)
+
     def _take(self, table: PageTable, chunk: CachedChunk) -> None:
         """The table's next shared chunk."""
         index = len(table.shared)
         self._allocator.retain(chunk.pages)
         if self._cache.wake(chunk):
-            self._held_by_model[table.model] += len(chunk.pages)
+            self._quotas[table.model].count(table.model, len(chunk.pages))
         if index < table.chunks:
             self.releases += 1
             self._give_back(table, [group[index] for group in table.groups])
@@ -288,7 +343,7 @@ class KvPool:
         self._count(table, chunk.pages, -1)
         if self._allocator.references(chunk.pages[0]) == 1:
             self._cache.rest(chunk)
-            self._held_by_model[table.model] -= len(chunk.pages)
+            self._quotas[table.model].count(table.model, -len(chunk.pages))
 
     def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId] | None:
         """Free pages, cached chunks being given up for what is lacking, or None if there are not so many.
@@ -312,7 +367,7 @@ class KvPool:
 
     def check(self, tables: Iterable[PageTable]) -> None:
         """Raise InvariantError unless free, held and cached pages are exactly all pages, by device and by
-        model."""
+        model, and within the models' quotas."""
         used: list[PageId] = []
         held: dict[PageId, ModelIndex] = {}
         for table in tables:
@@ -329,10 +384,8 @@ class KvPool:
             used.extend(chunk.pages)
         self._allocator.check(used)
         by_model = Counter(held.values())
-        if by_model != Counter(self._held_by_model):
-            raise InvariantError(
-                f"pages by model are {dict(by_model)}, but {self._held_by_model} was counted"
-            )
+        for reach, quotas in {self.reach(model): quotas for model, quotas in self._quotas.items()}.items():
+            quotas.check({model: by_model[model] for model in quotas}, self.available_within(reach))
         if len(held) + self.cached + self.free != self.total:
             raise InvariantError(
                 f"{self.total} pages, but {len(held)} held, {self.cached} cached, {self.free} free"
@@ -341,7 +394,7 @@ class KvPool:
     def _give_back(self, table: PageTable, pages: list[PageId]) -> None:
         """Pages that no other table holds."""
         self._allocator.release(pages)
-        self._held_by_model[table.model] -= len(pages)
+        self._quotas[table.model].count(table.model, -len(pages))
         self._count(table, pages, -1)
 
     def _count(self, table: PageTable, pages: Collection[PageId], sign: int) -> None:
@@ -352,10 +405,22 @@ class KvPool:
         for page in pages:
             table.held_on[self.places.device_of(page)] += sign
 
+    def _make_quotas(self, given: Mapping[ModelIndex, Quota]) -> dict[ModelIndex, Quotas]:
+        """One account for all models that have the same devices within their reach."""
+        sharing: dict[tuple[KvDevice, ...], list[ModelIndex]] = {}
+        for model in self._layouts:
+            sharing.setdefault(self.reach(model), []).append(model)
+        quotas: dict[ModelIndex, Quotas] = {}
+        for reach, models in sharing.items():
+            pages = sum(len(self.places.pages_of(device)) for device in reach)
+            account = Quotas({model: given.get(model, Quota()) for model in models}, pages)
+            quotas.update(dict.fromkeys(models, account))
+        return quotas
+
     def _find_most_tokens(self, model: ModelIndex) -> int:
         """Largest multiple of tokens_per_page whose pages fit (binary search: it is monotonic)."""
         layout = self._layouts[model]
-        pages = sum(len(self.places.pages_of(device)) for device in self.reach(model))
+        pages = self._quotas[model].most(model)
         unbounded = all(group.window is not None for group in layout.groups)
         low, high = 0, pages * (1 << 20 if unbounded else 1)
         while low < high:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from crosspool.core.errors import OverloadedError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
-from crosspool.pools.kv import KvPool
+from crosspool.pools.kv import Found, KvPool
 from crosspool.scheduler.prefixes import Prefixes
+from crosspool.scheduler.risk import OutgrowthRisk
 from crosspool.scheduler.sequence import Sequence, State
 
 AGED_AFTER = 4
@@ -32,9 +34,12 @@ class _Demand:
 class Admission:
     """The lines of waiting requests. A preempted sequence comes back to its place in the line."""
 
-    def __init__(self, pool: KvPool, prefixes: Prefixes, *, max_waiting: int, max_running: int) -> None:
+    def __init__(
+        self, pool: KvPool, prefixes: Prefixes, risk: OutgrowthRisk, *, max_waiting: int, max_running: int
+    ) -> None:
         self._pool = pool
         self._prefixes = prefixes
+        self._risk = risk
         self._max_waiting = max_waiting
         self._max_running = max_running
         self._lines: dict[ModelIndex, list[Sequence]] = {}
@@ -79,29 +84,42 @@ class Admission:
         there, or it would have been refused. What running sequences take later has been counted here, so
         whoever did not fit is tried again only when pages have been given back or a prompt has been read
         further.
+
+        Nor does a sequence start while the risk is too high that those which run outgrow the pool, unless it
+        has aged. A head of line that has aged lets only those of its devices pass it whose pages it could not
+        have: those below the floor of another model, or all if its own model's cap is what it waits for.
         """
         if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
-        demands = self._demands(running)
+        running = list(running)
+        demands, wanted = self._demands(running)
+        forecast = self._risk.forecast(running, wanted.total())
         started: list[Sequence] = []
         blocked: set[ModelIndex] = set()
         closed: set[KvDevice] = set()
         while sequence := self._first(blocked):
-            reach = self._pool.reach(sequence.request.model)
-            device = None if closed.intersection(reach) else self._place(sequence, demands)
-            if device is None:
-                if now > sequence.due + (AGED_AFTER - 1) * (sequence.due - sequence.request.arrival):
+            model = sequence.request.model
+            reach = self._pool.reach(model)
+            found, floors_only = self._prefixes.find(sequence), not closed.isdisjoint(reach)
+            device = self._place(sequence, found, demands, wanted, floors_only=floors_only)
+            aged, alone = self._is_aged(sequence, now), not any(demands[d].running for d in reach)
+            allowed = aged or alone or forecast.allows(sequence, self._held(model, found))
+            if device is None or not allowed:
+                if aged and not self._is_capped(sequence, found, wanted):
                     closed.update(reach)
-                blocked.add(sequence.request.model)
+                blocked.add(model)
                 continue
             self.leave(sequence)
-            sequence.table = self._pool.open(sequence.request.model, device)
+            sequence.table = self._pool.open(model, device)
             sequence.move(State.PREFILLING)
             self._prefixes.take_over(sequence)
             for other in self._pool.devices:
                 demands[other].free = self._pool.available_on(other)
+            wants = self._wants(sequence)
             demands[device].running += 1
-            demands[device].wanted += self._wants(sequence)
+            demands[device].wanted += wants
+            wanted[model] += wants
+            forecast.started(sequence)
             started.append(sequence)
         self._blocked_at = self._pool.releases
         return started
@@ -110,30 +128,62 @@ class Admission:
         heads = [line[0] for model, line in self._lines.items() if line and model not in blocked]
         return min(heads, key=lambda s: s.order, default=None)
 
-    def _demands(self, running: Iterable[Sequence]) -> list[_Demand]:
+    def _demands(self, running: Iterable[Sequence]) -> tuple[list[_Demand], Counter[ModelIndex]]:
+        """By device, and the pages wanted by model."""
         demands = [_Demand(self._pool.available_on(device)) for device in self._pool.devices]
+        wanted: Counter[ModelIndex] = Counter()
         for sequence in running:
             if sequence.table is not None:
+                wants = self._wants(sequence)
                 demand = demands[sequence.table.device]
                 demand.running += 1
-                demand.wanted += self._wants(sequence)
-        return demands
+                demand.wanted += wants
+                wanted[sequence.request.model] += wants
+        return demands, wanted
 
-    def _place(self, sequence: Sequence, demands: list[_Demand]) -> KvDevice | None:
+    def _place(
+        self,
+        sequence: Sequence,
+        found: Found,
+        demands: list[_Demand],
+        wanted: Counter[ModelIndex],
+        *,
+        floors_only: bool,
+    ) -> KvDevice | None:
         """Its home, if the sequence may start: of those within reach the device that has its prefix, if there
         is room for the rest, or that with most pages to spare."""
         if sum(demand.running for demand in demands) >= self._max_running:
             return None
         model = sequence.request.model
-        reach, found = self._pool.reach(model), self._prefixes.find(sequence)
-        running = sum(demands[device].running for device in reach)
-        groups = len(self._pool.layout(model).groups)
-        needed = self._pool.pages_for(model, sequence.known + 1) - found.held * groups
-        if running and needed > sum(demands[device].spare for device in reach):
+        reach, quotas = self._pool.reach(model), self._pool.quotas(model)
+        needed, own = self._needs(sequence, found), quotas.room_below_floor(model) - wanted[model]
+        if floors_only and needed > own:
             return None
+        if any(demands[device].running for device in reach):
+            free = sum(demands[device].free for device in reach)
+            spare = max(sum(demands[device].spare for device in reach), min(own, free))
+            if needed > min(spare, quotas.spare(model, free, wanted)):
+                return None
         if found.home is not None and needed <= demands[found.home].spare:
             return found.home
         return max(reach, key=lambda device: (demands[device].spare, -device))
+
+    def _is_aged(self, sequence: Sequence, now: Nanoseconds) -> bool:
+        return now > sequence.due + (AGED_AFTER - 1) * (sequence.due - sequence.request.arrival)
+
+    def _is_capped(self, sequence: Sequence, found: Found, wanted: Counter[ModelIndex]) -> bool:
+        """Whether the sequence waits for others of its own model, whatever other models hold."""
+        model, needed = sequence.request.model, self._needs(sequence, found)
+        return needed + wanted[model] > self._pool.quotas(model).room_below_cap(model)
+
+    def _needs(self, sequence: Sequence, found: Found) -> int:
+        """Pages that nobody holds yet, for its known tokens and one more."""
+        model = sequence.request.model
+        return self._pool.pages_for(model, sequence.known + 1) - self._held(model, found)
+
+    def _held(self, model: ModelIndex, found: Found) -> int:
+        """Pages that some running sequence holds already."""
+        return found.held * len(self._pool.layout(model).groups)
 
     def _wants(self, sequence: Sequence) -> int:
         """Pages still lacking for the known tokens, and one chunk to grow."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from crosspool.core.ids import RequestId
 from crosspool.pools.kv import KvPool
@@ -36,15 +36,22 @@ class RunningSequences:
         self._sequences.pop(sequence.request.id, None)
         self._stalled.pop(sequence.request.id, None)
 
+    @property
+    def stalled(self) -> Collection[RequestId]:
+        """Those who wait for pages."""
+        return self._stalled.keys()
+
     def is_stalled(self, sequence: Sequence) -> bool:
         return sequence.request.id in self._stalled
 
     def stalls_before(self, sequence: Sequence) -> bool:
-        """Whether a sequence that is due earlier waits for pages, of which this one may hold some."""
-        if sequence.table is None:
+        """Whether a sequence that is due earlier waits for pages which this one could give it."""
+        if not self._stalled or sequence.table is None:
             return False
-        waiting = (self._sequences[request] for request in self._stalled)
-        return any(other.order < sequence.order and self._helps(sequence, other) for other in waiting)
+        waiting = ((self._sequences[request], tokens) for request, tokens in self._stalled.items())
+        return any(
+            other.order < sequence.order and self._helps(sequence, other, tokens) for other, tokens in waiting
+        )
 
     def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""
@@ -75,24 +82,30 @@ class RunningSequences:
     def _secure(self, sequence: Sequence, tokens: int) -> bool:
         assert sequence.table is not None
         while not self._pool.grow(sequence.table, tokens):
-            victim = self._latest_after(sequence)
+            victim = self._latest_after(sequence, tokens)
             if victim is None:
                 return False
             self.give_back(victim)
             self._preempted(victim)
         return True
 
-    def _latest_after(self, sequence: Sequence) -> Sequence | None:
+    def _latest_after(self, sequence: Sequence, tokens: int) -> Sequence | None:
         """The sequence of latest deadline that is not in flight, is due later, and holds pages that help."""
         later = (
             other
             for other in self._sequences.values()
-            if other.idle and other.order > sequence.order and self._helps(other, sequence)
+            if other.idle and other.order > sequence.order and self._helps(other, sequence, tokens)
         )
         return max(later, key=lambda s: s.order, default=None)
 
-    def _helps(self, giver: Sequence, taker: Sequence) -> bool:
-        """Whether ``giver`` holds pages that ``taker`` could use."""
-        if giver.table is None:
+    def _helps(self, giver: Sequence, taker: Sequence, tokens: int) -> bool:
+        """Whether pages of ``giver`` are what ``taker`` lacks to hold ``tokens`` tokens: pages of devices
+        within its reach, and that its model may have."""
+        assert taker.table is not None
+        model = taker.request.model
+        if giver.table is None or not any(giver.table.held_on[device] for device in self._pool.reach(model)):
             return False
-        return any(giver.table.held_on[device] for device in self._pool.reach(taker.request.model))
+        missing = self._pool.missing(taker.table, tokens)
+        if missing > self._pool.available_to(model):
+            return self._pool.quotas(model).gives(giver.request.model, model, missing)
+        return True

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import count
+from typing import NamedTuple
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenEvent
 from crosspool.core.config import SchedulerConfig
@@ -20,19 +21,29 @@ from crosspool.core.request import FinishReason, Request
 from crosspool.pools.kv import KvPool
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.batching import choose_chunks, choose_decodes, decode_row, phase_of, prefill_row
+from crosspool.scheduler.output_lengths import OutputLengths
 from crosspool.scheduler.pipeline import Pipeline, Times
 from crosspool.scheduler.prefixes import Prefixes
+from crosspool.scheduler.risk import OutgrowthRisk
 from crosspool.scheduler.running import RunningSequences
-from crosspool.scheduler.sequence import Sequence, State
+from crosspool.scheduler.sequence import Sequence, State, Wait
 
 Lane = tuple[ModelIndex, KvDevice, Phase]
+
+
+class Lanes(NamedTuple):
+    """How many micro-batches of one phase may be in flight on a KV device: of a model that runs alone (2
+    where the pools are on different devices), and of each model among several."""
+
+    alone: int = 1
+    in_company: int = 1
 
 
 class Scheduler:
     """All sequences from arrival to their last page given back.
 
-    ``targets`` gives each model's (TTFT, TBT) targets in ns; ``lanes`` is how many micro-batches of one
-    phase a lone model may have in flight (2 where the pools are on different devices).
+    ``targets`` gives each model's (TTFT, TBT) targets in ns; ``lanes`` says how many micro-batches of one
+    phase a model may have in flight.
     """
 
     def __init__(
@@ -42,16 +53,21 @@ class Scheduler:
         config: SchedulerConfig,
         targets: Mapping[ModelIndex, tuple[Nanoseconds, Nanoseconds]],
         *,
-        lanes: int,
+        lanes: Lanes,
     ) -> None:
         self._pool = pool
         self._pipeline = pipeline
         self._config = config
         self._targets = dict(targets)
-        self._most_lanes = lanes
+        self._lanes = lanes
+        self._lengths = OutputLengths()
         self._prefixes = Prefixes(pool)
         self._admission = Admission(
-            pool, self._prefixes, max_waiting=config.max_waiting, max_running=config.max_running
+            pool,
+            self._prefixes,
+            OutgrowthRisk(pool, self._lengths, config.outgrowth_risk),
+            max_waiting=config.max_waiting,
+            max_running=config.max_running,
         )
         self._sequences: dict[RequestId, Sequence] = {}
         self._running = RunningSequences(pool, self._preempted)
@@ -98,6 +114,12 @@ class Scheduler:
     def running(self, model: ModelIndex) -> int:
         return sum(1 for sequence in self._running if sequence.request.model == model)
 
+    def waits(self) -> dict[RequestId, Wait]:
+        """Who waits for pages now, and why."""
+        waits = {s.request.id: Wait.PREEMPTED if s.preemptions else Wait.QUEUED for s in self._admission}
+        waits.update((request, Wait.STALLED) for request in self._running.stalled)
+        return waits
+
     def __len__(self) -> int:
         """Sequences that have not given back everything."""
         return len(self._sequences)
@@ -133,7 +155,9 @@ class Scheduler:
     def _is_waited_for(self, grant: Grant) -> bool:
         if grant.phase is not Phase.DECODE or grant.steps == 1:
             return False
-        if any(self._running.stalls_before(self._sequences[row.request]) for row in grant.rows):
+        if self._running.stalled and any(
+            self._running.stalls_before(self._sequences[row.request]) for row in grant.rows
+        ):
             return True
         has_room = len(grant.rows) < self._config.max_batch_rows or grant.steps > self._config.turn_steps
         return has_room and (grant.model, grant.kv_device, grant.phase) in self._left_over
@@ -151,9 +175,10 @@ class Scheduler:
     def _lane_limit(self) -> int:
         """Micro-batches of one phase per model and device. A lone model on two devices splits its work in
         two, so that neither side idles."""
-        if self._most_lanes == 1 or len({s.request.model for s in self._running}) > 1:
-            return 1
-        return self._most_lanes
+        alone, in_company = self._lanes
+        if alone == in_company:
+            return alone
+        return in_company if len({s.request.model for s in self._running}) > 1 else alone
 
     def _form(self, lane: Lane, sequences: list[Sequence], limit: int, now: Nanoseconds) -> Grant | None:
         """One micro-batch of this lane's idle sequences, or None if there is none or no page for it."""
@@ -311,6 +336,8 @@ class Scheduler:
         self._pool.trim(sequence.table, sequence.computed)
 
     def _forget(self, sequence: Sequence) -> None:
+        if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            self._lengths.learn(sequence.request.model, len(sequence.output))
         self._running.give_back(sequence)
         sequence.move(State.FINISHED)
         del self._sequences[sequence.request.id]

@@ -26,6 +26,17 @@ class State(StrEnum):
     FINISHED = "finished"
 
 
+class Wait(StrEnum):
+    """Why a sequence makes no progress for want of pages."""
+
+    QUEUED = "queued"
+    """It has not been admitted yet."""
+    PREEMPTED = "preempted"
+    """Another has taken its pages; it is in its line again."""
+    STALLED = "stalled"
+    """It holds pages, and needs more than there are."""
+
+
 TRANSITIONS = frozenset(
     {
         (State.WAITING, State.PREFILLING),
