@@ -5,8 +5,8 @@ same with a fixed share of KV for each model (static). Kernels, admission and by
     PYTHONPATH=src:benchmarks python benchmarks/pools/modes.py [--rates 8,16,32] [--to FOLDER]
 
 Windows around bursts of long requests in zoo_longburst_8 are replayed at several rates: times are divided by
-rate, lengths by SHRINK. Modes take turns window by window. Gaps between the tokens of a request count as TBT
-whatever their cause: company, want of pages, preemption.
+the rate, lengths by what the options say. Modes take turns window by window. Gaps between the tokens of a
+request count as TBT whatever their cause: company, want of pages, preemption.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from crosspool.engine.engine import Engine
 TRACE = Path(__file__).parent.parent / "data" / "zoo_longburst_8.parquet"
 MODELS, VOCABULARY = 8, 8192
 DEVICES = ("cpu:0", "cpu:1")
-SHRINK = 8
 BEFORE, AFTER = 20.0, 360.0
 """Seconds of the trace before a burst's first request, and from it on."""
 
@@ -109,13 +108,15 @@ def checkpoints() -> Iterator[list[Path]]:
         yield paths
 
 
-def build(paths: list[Path], mode: Mode, device_bytes: int, tbt_ms: float) -> Engine:
+def build(paths: list[Path], mode: Mode, options: argparse.Namespace) -> Engine:
     kv, weights = (DEVICES[:1], DEVICES[1:]) if mode is Mode.CROSSPOOL else (DEVICES, DEVICES)
     return start_engine(
         EngineConfig(
             tuple(ModelConfig(path.name, str(path)) for path in paths),
-            PoolConfig(device_bytes=device_bytes),
-            SchedulerConfig(tbt_target=Nanoseconds(round(tbt_ms * MILLISECOND))),
+            PoolConfig(device_bytes=options.device_mb * 10**6),
+            SchedulerConfig(
+                tbt_target=Nanoseconds(round(options.tbt_ms * MILLISECOND)), outgrowth_risk=options.risk
+            ),
             kv_devices=kv,
             weights_devices=weights,
             threads=1,
@@ -143,7 +144,13 @@ def windows(count: int) -> list[dict[str, np.ndarray]]:
     return [window for _, _, window in sorted(parts, key=lambda part: part[:2])[:count]]
 
 
-def replay(engine: Engine, window: dict[str, np.ndarray], rate: float, numbers: Iterator[int]) -> Outcome:
+def replay(
+    engine: Engine,
+    window: dict[str, np.ndarray],
+    rate: float,
+    numbers: Iterator[int],
+    shrink: tuple[int, int],
+) -> Outcome:
     rng = random.Random(1)
     requests: dict[int, Served] = {}
     held: list[tuple[float, float]] = []
@@ -151,8 +158,8 @@ def replay(engine: Engine, window: dict[str, np.ndarray], rate: float, numbers: 
     for at, model, prompt, output, burst in zip(
         window["t_seconds"] / rate,
         window["model_index"],
-        np.maximum(4, window["prompt_tokens"] // SHRINK),
-        np.maximum(2, window["output_tokens"] // SHRINK),
+        np.maximum(4, window["prompt_tokens"] // shrink[0]),
+        np.maximum(2, window["output_tokens"] // shrink[1]),
         window["burst"],
         strict=True,
     ):
@@ -188,7 +195,8 @@ def replay(engine: Engine, window: dict[str, np.ndarray], rate: float, numbers: 
             at = time.perf_counter() - begin
             requests[output.request].tokens += [at] * len(output.token_ids)
         if now > sampled + 0.05:
-            held.append((now, 1 - engine.stats().kv_pages_free / total))
+            stats = engine.stats()
+            held.append((now, 1 - (stats.kv_pages_free + stats.kv_pages_cached) / total))
             sampled = now
         wait = 0.05 if not due else min(0.05, max(0.0, requests[due[-1].id].arrival - now))
         engine.wait(wait)
@@ -219,27 +227,33 @@ def main() -> None:
     )
     parser.add_argument("--rates", default="4,8,16,32")
     parser.add_argument("--bursts", type=int, default=2)
-    parser.add_argument("--device-mb", type=int, default=480)
+    parser.add_argument("--device-mb", type=int, default=410)
+    parser.add_argument("--prompt-shrink", type=int, default=8)
+    parser.add_argument("--output-shrink", type=int, default=2)
+    parser.add_argument("--risk", type=float, default=0.5, help="outgrowth_risk; 1: no foresight")
     parser.add_argument("--tbt-ms", type=float, default=50.0)
     parser.add_argument("--to", type=Path)
     options = parser.parse_args()
     print(describe(), vars(options), flush=True)
     results: dict[str, dict[str, dict[str, float]]] = {}
     with checkpoints() as paths:
-        engines = {mode: build(paths, mode, options.device_mb * 10**6, options.tbt_ms) for mode in Mode}
+        engines = {mode: build(paths, mode, options) for mode in Mode}
+        shrink = (options.prompt_shrink, options.output_shrink)
         try:
             for mode, engine in engines.items():
                 pool, longest = engine.info.kv_pool_bytes, engine.info.models[0].max_pool_tokens
                 print(f"{mode:11} KV {pool / 1e6:.0f} MB, longest request {longest} tokens", flush=True)
             parts, numbers = windows(options.bursts), iter(range(1, 10**9))
             for engine in engines.values():
-                replay(engine, {name: values[:20] for name, values in parts[0].items()}, 1000.0, numbers)
+                replay(
+                    engine, {name: values[:20] for name, values in parts[0].items()}, 1000.0, numbers, shrink
+                )
             for rate in map(float, options.rates.split(",")):
                 outcomes: dict[Mode, list[Outcome]] = {mode: [] for mode in Mode}
                 for number, part in enumerate(parts):
                     order = list(Mode) if number % 2 else list(reversed(Mode))
                     for mode in order:
-                        outcomes[mode].append(replay(engines[mode], part, rate, numbers))
+                        outcomes[mode].append(replay(engines[mode], part, rate, numbers, shrink))
                 for mode, own in outcomes.items():
                     result = results.setdefault(str(mode), {})[f"{rate:g}"] = summary(own)
                     print(f"rate {rate:5g} {mode:11} " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
