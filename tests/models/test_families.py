@@ -15,11 +15,12 @@ from crosspool.core.spec import GqaSpec, MlaSpec, ModelSpec
 from crosspool.kernels.reference import ACTIVATIONS
 from crosspool.models import weight_names
 from crosspool.models.families import common
+from crosspool.models.geometries import GEOMETRIES
 from crosspool.models.registry import FAMILIES, read_spec
 
 pytestmark = pytest.mark.backend
 
-PUBLIC = Path(__file__).parent.parent / "data" / "configs"
+PUBLIC = GEOMETRIES
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

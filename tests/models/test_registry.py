@@ -10,11 +10,12 @@ import pytest
 
 from crosspool.core.errors import CorruptCheckpointError, UnsupportedModelError
 from crosspool.core.spec import DType, GqaSpec, ModelSpec
+from crosspool.models.geometries import GEOMETRIES
 from crosspool.models.registry import FAMILIES, family, read_spec
 
 pytestmark = pytest.mark.unit
 
-PUBLIC = Path(__file__).parent.parent / "data" / "configs"
+PUBLIC = GEOMETRIES
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 50,

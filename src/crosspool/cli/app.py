@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from crosspool import __version__
-from crosspool.cli import bench, chat, demo, doctor, models, serve
+from crosspool.cli import bench, chat, demo, doctor, models, plan, serve
 from crosspool.core.errors import ConfigError, CrossPoolError
 
 CONFIG_ERROR = 2
@@ -64,5 +64,6 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
 app.command("bench")(bench.bench)
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.add_typer(demo.app, name="demo")

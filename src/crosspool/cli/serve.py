@@ -24,6 +24,8 @@ def serve(
     weights_dtype: options.WeightsDtype = "auto",
     kv_pool_bytes: options.KvPool = None,
     kv_pool_fraction: options.KvFraction = None,
+    kv_pool: options.KvPoolFrom = None,
+    plan: options.Plan = None,
     weights_pool_bytes: options.WeightsPool = None,
     page_bytes: options.PageBytes = None,
     device_memory: options.DeviceBytes = None,
@@ -56,6 +58,10 @@ def serve(
 
         crosspool serve --config zoo.toml --port 9000
 
+    A KV pool as planned:
+
+        crosspool serve models/qwen3 models/glm --kv-pool plan --plan plan.json
+
     KV and weights on separate devices, each a team of pinned cores:
 
         crosspool serve --demo --kv-devices cpu:0 --weights-devices cpu:1
@@ -86,7 +92,7 @@ def serve(
         scheduler=_given(ttft_target=_nanoseconds(ttft_target_ms), tbt_target=_nanoseconds(tbt_target_ms)),
         server=_given(host=host, port=port, api_key=api_key),
     )
-    settings = given.over(base)
+    settings = given.over(_planned(kv_pool, plan, given, base))
     if not settings.models:
         raise ConfigError("no model to serve: give a MODEL, --config or --demo (see crosspool serve --help)")
     _run(settings, dtype, weights_dtype, as_json)
@@ -112,6 +118,21 @@ def _pools(kv_bytes: int | None, kv_fraction: float | None, **others: Any) -> di
     if kv_fraction is None:
         return pools
     return {**pools, "kv_pool_fraction": kv_fraction, "kv_pool_bytes": None}
+
+
+def _planned(kv_pool: str | None, plan: Path | None, given: Settings, base: Settings) -> Settings:
+    """``base``, with what a plan says in place of its own."""
+    from crosspool.cli.planned import planned_settings
+
+    if kv_pool is None and plan is None:
+        return base
+    if kv_pool != "plan" or plan is None:
+        raise ConfigError(
+            "--kv-pool plan and --plan FILE belong together; a size is given by --kv-pool-bytes"
+        )
+    if given.pools.keys() & {"kv_pool_bytes", "kv_pool_fraction"}:
+        raise ConfigError("give --kv-pool plan, --kv-pool-bytes or --kv-pool-fraction, only one of them")
+    return planned_settings(plan, base.models + given.models).over(base)
 
 
 def _entries(places: list[str], demo: bool, demo_dir: Path | None) -> tuple[ModelEntry, ...]:

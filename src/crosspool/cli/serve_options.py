@@ -7,18 +7,9 @@ from typing import Annotated
 
 import typer
 
-from crosspool.cli.sizes import parse_bytes
+from crosspool.cli.sizes import read_size
 from crosspool.core.config import Kernels, Mode, WeightsMemory
-from crosspool.core.errors import ConfigError
 from crosspool.core.topology import Sharding
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
-
 
 Models = Annotated[
     list[str] | None,
@@ -56,8 +47,17 @@ WeightsMemoryOption = Annotated[
 ]
 KvPool = Annotated[
     int | None,
-    typer.Option(parser=_size, metavar="SIZE", help="KV pool, all devices together: 2GiB, 500MB or bytes."),
+    typer.Option(
+        parser=read_size, metavar="SIZE", help="KV pool, all devices together: 2GiB, 500MB or bytes."
+    ),
 ]
+KvPoolFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-pool", metavar="plan", help="Take the KV pool's size, pages and admission from --plan FILE."
+    ),
+]
+Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="What crosspool plan --save wrote.")]
 KvFraction = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="KV pool, as a share of the memory that the weights leave free."),
@@ -65,12 +65,12 @@ KvFraction = Annotated[
 WeightsPool = Annotated[
     int | None,
     typer.Option(
-        parser=_size, metavar="SIZE", help="Weights pool, all devices together: 2GiB, 500MB or bytes."
+        parser=read_size, metavar="SIZE", help="Weights pool, all devices together: 2GiB, 500MB or bytes."
     ),
 ]
 PageBytes = Annotated[
     int | None,
-    typer.Option(parser=_size, metavar="SIZE", help="A KV page; by default chosen from the models."),
+    typer.Option(parser=read_size, metavar="SIZE", help="A KV page; by default chosen from the models."),
 ]
 PrefixCache = Annotated[
     bool | None,
@@ -105,7 +105,7 @@ DeviceBytes = Annotated[
     int | None,
     typer.Option(
         "--device-memory",
-        parser=_size,
+        parser=read_size,
         metavar="SIZE",
         help="Memory of each device; KV gets what the weights on a KV device leave of it.",
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import typer
+
 from crosspool.core.errors import ConfigError
 
 _UNITS = {"": 1, "b": 1}
@@ -21,6 +23,14 @@ def parse_bytes(text: str) -> int:
             "(KiB, MiB, GiB, TiB are powers of 1024; kB, MB, GB, TB of 1000)"
         )
     return round(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+
+
+def read_size(text: str) -> int:
+    """``parse_bytes`` for options: raises BadParameter."""
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def format_bytes(count: int) -> str:
