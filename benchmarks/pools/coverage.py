@@ -219,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, help="write TO.json and TO.png")
     parser.add_argument("--only", help="series to run, by name, with semicolons")
+    parser.add_argument("--again", type=Path, help="judge the windows in this JSON again, without estimating")
     arguments = parser.parse_args()
     chosen = [s for s in SERIES if arguments.only is None or s.name in arguments.only.split(";")]
     begin = time.process_time()
@@ -226,8 +227,13 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
-    rows = [row for series in chosen for row in evaluate(series, say)]
-    report = make_report(rows, time.process_time() - begin)
+    if arguments.again is None:
+        rows = [row for series in chosen for row in evaluate(series, say)]
+        seconds = time.process_time() - begin
+    else:
+        known = json.loads(arguments.again.read_text(encoding="utf-8"))
+        rows, seconds = known["windows"], known["cpu_seconds"]
+    report = make_report(rows, seconds)
     print_report(report)
     if arguments.to is not None:
         arguments.to.with_suffix(".json").write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crosspool.cli.settings import ModelEntry, Settings
+from crosspool.core.config import SchedulerConfig
 from crosspool.core.errors import ConfigError
 from crosspool.planner.plan_file import read_plan_file
 
 
 def planned_settings(path: Path, models: Sequence[ModelEntry]) -> Settings:
-    """Pools and admission as a plan has them. Raises ConfigError if it knows nothing of a model to serve."""
+    """Pools and admission as a plan has them; the limit of running sequences is raised, never lowered.
+
+    Raises ConfigError if it knows nothing of a model to serve.
+    """
     plan = read_plan_file(path)
     planned = {_plain(name) for name in plan.models}
     for model in models:
@@ -21,7 +25,10 @@ def planned_settings(path: Path, models: Sequence[ModelEntry]) -> Settings:
             raise ConfigError(f"{path} plans for {known}, not for {name!r}: plan again with all models")
     return Settings(
         pools={"kv_pool_bytes": plan.kv_pool_bytes, "page_bytes": plan.page_bytes},
-        scheduler={"max_running": plan.max_running, "tbt_target": plan.tbt_target},
+        scheduler={
+            "max_running": max(plan.max_running, SchedulerConfig().max_running),
+            "tbt_target": plan.tbt_target,
+        },
     )
 
 

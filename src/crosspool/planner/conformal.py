@@ -3,7 +3,7 @@
 The score of a past window is its need over what was estimated from the time before it. The factor is a
 quantile of the scores (split conformal prediction; Vovk et al. 2005), weighted (Tibshirani et al. 2019) by
 how much of a window is its own where windows overlap. While there are few, scores that windows of many
-traces had stand in: PRIOR_WINDOWS of them, log-normal with a deviation of PRIOR_DEVIATION.
+traces had stand in: the weight of PRIOR_WINDOWS of them, log-normal with a deviation of PRIOR_DEVIATION.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from crosspool.planner.trace import HOUR
 
 PRIOR_WINDOWS = 8
 PRIOR_DEVIATION = 0.5
+PRIOR_POINTS = 200
+"""The prior's windows are spread over so many scores, so that its quantiles have no steps."""
 STEPS_PER_WINDOW = 2
 """Past windows begin so much apart, as a part of their length."""
 LEAST_PARTS = 4
@@ -82,7 +84,9 @@ class Calibration:
 
 def scaled_by(scores: Sequence[float], confidence: float) -> float:
     """The factor that scores of past windows give."""
-    ranks = (np.arange(PRIOR_WINDOWS) + 0.5) / PRIOR_WINDOWS
+    ranks = (np.arange(PRIOR_POINTS) + 0.5) / PRIOR_POINTS
     prior = np.exp(PRIOR_DEVIATION * norm.ppf(ranks))
-    weights = np.concatenate((np.ones(PRIOR_WINDOWS), np.full(len(scores), 1 / STEPS_PER_WINDOW)))
+    weights = np.concatenate(
+        (np.full(PRIOR_POINTS, PRIOR_WINDOWS / PRIOR_POINTS), np.full(len(scores), 1 / STEPS_PER_WINDOW))
+    )
     return weighted(np.concatenate((prior, scores)), weights, confidence)

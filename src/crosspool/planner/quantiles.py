@@ -11,7 +11,7 @@ def within(values: Floats, share: float) -> float:
     """The least of the values that is exceeded by at most 1 - ``share`` of them."""
     if len(values) == 0:
         return 0.0
-    exceeding = int((1 - share) * len(values) + 1e-9)
+    exceeding = min(int((1 - share) * len(values) + 1e-9), len(values) - 1)
     return float(np.partition(values, -exceeding - 1)[-exceeding - 1])
 
 
