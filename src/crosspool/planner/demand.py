@@ -92,10 +92,11 @@ def _held(
     prompt = trace.prompt[request]
     prefilled = np.minimum(np.ceil(age * pace.prefill_tps), prompt)
     made = np.clip(np.floor((age - prompt / pace.prefill_tps) / pace.tbt + 1e-6), 0, trace.output[request])
-    tokens, model = prefilled + made, trace.model[request]
-    held = np.empty(len(request))
-    for index, layout in enumerate(layouts):
-        mine = model == index
+    kinds = list(dict.fromkeys(layouts))
+    kind = np.array([kinds.index(layout) for layout in layouts])[trace.model[request]]
+    tokens, held = prefilled + made, np.empty(len(request))
+    for index, layout in enumerate(kinds):
+        mine = kind == index
         held[mine] = held_bytes(layout, tokens[mine])
     return held
 

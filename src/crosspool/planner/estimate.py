@@ -136,7 +136,8 @@ class _ClusterLaw:
         """How often an hour each cluster comes: as its own model's, and for each size as somebody else's."""
         clusters, count = self._clusters, self._count
         rate = rng.gamma(self._prior.shape + count, 1 / (self._prior.hours + self._hours)) * self._chosen
-        share = own_share(self._prior, count)
+        # A busy model is known by its own clusters; others' beside them would be alive at the same time.
+        share = np.where(self._is_busy, 1.0, own_share(self._prior, count))
         mass = rng.exponential(size=len(clusters))
         mass = mass / np.bincount(clusters.model, mass, len(count))[clusters.model]
         # Of the common share, every model's clusters are an equal part.
