@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import ModelIndex
 from crosspool.core.kv_layout import make_layout
 from crosspool.planner.demand import (
@@ -34,7 +35,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_pages_are_those_of_the_pool(name: str) -> None:
     layout, model = LAYOUTS[name], ModelIndex(0)
-    pool = KvPool({model: layout}, devices=1, pages_per_device=200, step_tokens=STEP_TOKENS)
+    pool = KvPool({model: layout}, DevicePages.of([200]), step_tokens=STEP_TOKENS)
     tokens = np.array([0, 1, 15, 16, 17, 33, 512, 560, 700, 5000])
     assert held_bytes(layout, tokens).tolist() == [
         pool.pages_for(model, int(count)) * layout.page_bytes for count in tokens
@@ -45,7 +46,7 @@ def test_pages_are_those_of_the_pool(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_longest_sequence_is_that_of_the_pool(name: str, pages: int) -> None:
     layout, model = LAYOUTS[name], ModelIndex(0)
-    pool = KvPool({model: layout}, devices=1, pages_per_device=pages, step_tokens=STEP_TOKENS)
+    pool = KvPool({model: layout}, DevicePages.of([pages]), step_tokens=STEP_TOKENS)
     found = most_tokens(layout, pages * layout.page_bytes + 1)
     assert found == (UNBOUNDED if pool.most_tokens(model) > 1e6 else pool.most_tokens(model))
 
