@@ -42,8 +42,8 @@ def build(folders):
     def make(names: Sequence[str], pages: int, devices: dict[str, tuple[str, ...]], **how) -> Engine:
         config = EngineConfig(
             tuple(ModelConfig(name, str(folders[name])) for name in names),
-            PoolConfig(kv_pool_bytes=pages * PAGE_BYTES, page_bytes=PAGE_BYTES),
-            scheduler=SchedulerConfig(chunk_quantum=16, max_chunk_tokens=128, decode_steps=8),
+            PoolConfig(kv_pool_bytes=pages * PAGE_BYTES, page_bytes=PAGE_BYTES, prefix_cache=False),
+            scheduler=SchedulerConfig(chunk_quantum=16, max_chunk_tokens=128, decode_steps=8, outgrowth_risk=1.0),
             threads=1,
             **devices,
             **how,
