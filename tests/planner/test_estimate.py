@@ -74,16 +74,17 @@ def test_draws_tell_how_little_a_short_past_says() -> None:
 
 
 def test_clusters_are_cut_at_rest_and_at_half_hours() -> None:
-    rest = REST + LIFE + 5
-    starts = [np.array([100.0, 150.0, 150.0 + rest, LONGEST - 10, LONGEST + 10, *range(5000, 9500, 300)])]
+    soon, later = LIFE + REST / 2, LIFE + REST + 5
+    first = [100.0, 150.0, 150.0 + soon, 150.0 + soon + later]
+    starts = [np.array([*first, LONGEST - 10, LONGEST + 10, *range(5000, 9500, 300)])]
     clusters = history_of(one_page_trace(starts, 3)).clusters
-    assert clusters.start[:4].tolist() == [100.0, 150.0 + rest, LONGEST - 10, LONGEST + 10]
-    assert clusters.request_cluster[:5].tolist() == [0, 0, 1, 2, 3]
-    # Both requests of the first cluster, from when the second comes until the first ends.
-    both = clusters.level[clusters.cluster == 0].max() * GEOMETRY.bytes_per_token
-    assert both == pytest.approx(2 * PAGE)
-    later = clusters.between(LONGEST, 3 * HOUR)
-    assert later.start[0] == LONGEST + 10 and later.cluster.min() == 0 and len(later) == len(clusters) - 3
+    assert clusters.start[:4].tolist() == [100.0, first[-1], LONGEST - 10, LONGEST + 10]
+    assert clusters.request_cluster[:6].tolist() == [0, 0, 0, 1, 2, 3]
+    # Two requests of the first cluster at once, from when the second comes until the first ends.
+    most = clusters.level[clusters.cluster == 0].max() * GEOMETRY.bytes_per_token
+    assert most == pytest.approx(2 * PAGE)
+    rest = clusters.between(LONGEST, 3 * HOUR)
+    assert rest.start[0] == LONGEST + 10 and rest.cluster.min() == 0 and len(rest) == len(clusters) - 3
 
 
 def zoo(hours: float, rates: list[float], seed: int = 7) -> Clusters:
