@@ -33,7 +33,7 @@ from crosspool.sim.open_loop import open_loop_demand
 from crosspool.sim.replay import ReplayResult, replay
 from crosspool.sim.workload import HOUR, read_trace
 
-CONFIGS = Path(__file__).resolve().parents[2] / "tests/data/configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "src/crosspool/models/geometries"
 MODELS = ("qwen3-30b-a3b", "deepseek-v2-lite", "glm-4.7-flash")
 LONGEST = 1 << 18
 """The trace's models are not these three: what is taken from these is their KV, not the limit of context."""

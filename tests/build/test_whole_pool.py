@@ -43,7 +43,9 @@ def build(folders):
         config = EngineConfig(
             tuple(ModelConfig(name, str(folders[name])) for name in names),
             PoolConfig(kv_pool_bytes=pages * PAGE_BYTES, page_bytes=PAGE_BYTES, prefix_cache=False),
-            scheduler=SchedulerConfig(chunk_quantum=16, max_chunk_tokens=128, decode_steps=8, outgrowth_risk=1.0),
+            scheduler=SchedulerConfig(
+                chunk_quantum=16, max_chunk_tokens=128, decode_steps=8, outgrowth_risk=1.0
+            ),
             threads=1,
             **devices,
             **how,
