@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sizes = QUICK if options.quick else Sizes()
+    if options.rounds is not None:
+        sizes = replace(sizes, rounds=options.rounds, ttft_rounds=options.rounds)
     bench = Bench(sizes, ReadBandwidth(), tuple(options.models), contenders)
     complete = [_measure(bench, module, experiments, about, options.to) for module, experiments in modules]
     return 0 if all(complete) else 1
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--contenders", metavar="KIND:THREADS,...", help="likewise; the first is compared", **words
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
+    parser.add_argument("--rounds", type=int, metavar="N", help="so many rounds where servers stay up")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="write JSON and a page of tables there")
     parser.add_argument("--list", action="store_true", help="print the experiments and end")
     return parser
