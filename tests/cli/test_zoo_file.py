@@ -124,7 +124,7 @@ def test_a_models_share_of_the_kv_pool_comes_to_its_config(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[pools]\nkv_pool = 1", "unknown key 'kv_pool' in [pools]; there are kv_pool_bytes"),
+        ("[pools]\nkv_pool = 1", "unknown key 'kv_pool' in [pools]; there are device_bytes, kv_pool_bytes"),
         ("[[models]]\npath = 'a'\nfolder = 'a'", "unknown key 'folder' in [models]"),
         ("[server.limits]\nx = 1", "unknown key 'x' in [server.limits]"),
         ("[scheduler]\nttft_target = 1", "unknown key 'ttft_target' in [scheduler]"),

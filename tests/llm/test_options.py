@@ -92,7 +92,7 @@ def test_every_option_arrives():
         ({"a": "x"}, {"dtype": "int8"}, "dtype must be"),
         ({"a": "x"}, {"weights_dtype": "int4"}, "model a: weights_dtype must be auto or int8, not 'int4'"),
         ({"a": "x"}, {"weights_memory": "disk"}, "weights_memory must be mapped or huge, not 'disk'"),
-        ({"a": "x"}, {"sharding": "row"}, "sharding must be layer or tensor, not 'row'"),
+        ({"a": "x"}, {"sharding": "row"}, "sharding must be layer or tensor or model, not 'row'"),
         ({"a": "x"}, {"threads": 0}, "threads"),
         ({"a": "x"}, {"kv_devices": []}, "kv_devices is empty"),
     ],
