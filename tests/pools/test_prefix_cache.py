@@ -10,7 +10,8 @@ from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.kv_layout import make_layout
-from crosspool.pools.kv import KvPool, PageTable
+from crosspool.pools.kv import KvPool
+from crosspool.pools.page_table import PageTable
 from crosspool.pools.prefix_cache import next_key, root_key
 from helpers_specs import gqa_spec, mla_spec
 

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
@@ -41,6 +42,15 @@ class CachedChunk:
     key: bytes
     model: ModelIndex
     pages: tuple[PageId, ...]
+
+
+class Found(NamedTuple):
+    """Chunks of a sequence that are in the prefix cache, how many of them some table holds, and the device
+    where the last of them begins."""
+
+    chunks: int = 0
+    held: int = 0
+    home: KvDevice | None = None
 
 
 class PrefixCache:

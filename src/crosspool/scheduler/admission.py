@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from crosspool.core.errors import OverloadedError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
-from crosspool.pools.kv import Found, KvPool
+from crosspool.pools.kv import KvPool
+from crosspool.pools.prefix_cache import Found
 from crosspool.scheduler.prefixes import Prefixes
 from crosspool.scheduler.risk import OutgrowthRisk
 from crosspool.scheduler.sequence import Sequence, State

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from crosspool.core.ids import RequestId
-from crosspool.pools.kv import Found, KvPool
-from crosspool.pools.prefix_cache import next_key
+from crosspool.pools.kv import KvPool
+from crosspool.pools.prefix_cache import Found, next_key
 from crosspool.scheduler.sequence import Sequence
 
 

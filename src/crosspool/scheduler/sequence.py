@@ -9,7 +9,7 @@ from enum import StrEnum
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, Nanoseconds
 from crosspool.core.request import FinishReason, Request
-from crosspool.pools.kv import PageTable
+from crosspool.pools.page_table import PageTable
 
 
 class State(StrEnum):
