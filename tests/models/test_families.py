@@ -68,7 +68,7 @@ def spec_of(folder: Path, architecture: str, **values: Any) -> ModelSpec:
     return read_spec(folder)
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in PUBLIC.iterdir()))
+@pytest.mark.parametrize("name", sorted(folder.parent.name for folder in PUBLIC.glob("*/config.json")))
 def test_public_checkpoints_have_what_is_asked_for(name: str) -> None:
     values = json.loads((PUBLIC / name / "config.json").read_text(encoding="utf-8"))
     spec = read_spec(PUBLIC / name)
