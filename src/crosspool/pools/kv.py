@@ -101,7 +101,9 @@ class KvPool:
 
     def available_to(self, model: ModelIndex) -> int:
         """Pages that are free or cached and that this model may take."""
-        return self._quotas[model].available(model, self.available_within(self.reach(model)))
+        home = self._homes.get(model)
+        available = self.free + self.cached if home is None else self.available_on(home)
+        return self._quotas[model].available(model, available)
 
     def layout(self, model: ModelIndex) -> KvLayout:
         return self._layouts[model]

@@ -100,13 +100,16 @@ class PrefixCache:
     def evict(self, device: KvDevice | None = None) -> CachedChunk:
         """Forget the chunk that is worth least of those that nobody holds (with a page on ``device``, if one
         is given). There must be one."""
-        chunk = next(chunk for chunk in self._resting.values() if self._is_on(chunk, device))
+        if device is None or len(self.resting_on) == 1:
+            chunk = next(iter(self._resting.values()))
+        else:
+            chunk = next(chunk for chunk in self._resting.values() if self._is_on(chunk, device))
         del self._resting[chunk.key], self._chunks[chunk.key]
         self._count(chunk, -1)
         return chunk
 
-    def _is_on(self, chunk: CachedChunk, device: KvDevice | None) -> bool:
-        return device is None or any(self._places.device_of(page) == device for page in chunk.pages)
+    def _is_on(self, chunk: CachedChunk, device: KvDevice) -> bool:
+        return any(self._places.device_of(page) == device for page in chunk.pages)
 
     def _count(self, chunk: CachedChunk, sign: int) -> None:
         """The chunk rests (1) or does not any more (-1)."""
