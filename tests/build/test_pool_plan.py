@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from crosspool.build.pool_plan import choose_homes, plan_pools
+from crosspool.build.quotas import quotas_of
 from crosspool.core.config import EngineConfig, Mode, ModelConfig, PoolConfig
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.spec import ModelSpec
+from crosspool.pools.quotas import Quota
 from helpers_specs import gqa_spec, mla_spec
 
 pytestmark = pytest.mark.unit
@@ -87,3 +91,22 @@ def test_one_way_to_size_the_pool() -> None:
 def test_whole_models_need_devices_that_do_both(mode: Mode) -> None:
     with pytest.raises(ConfigError, match="not cpu:0 and cpu:1"):
         config_of(None, mode, kv_devices=("cpu:0",), weights_devices=("cpu:1",))
+
+
+def test_a_static_partition_divides_each_device_among_its_models() -> None:
+    config = config_of(MEMORY, Mode.STATIC, kv_devices=TWO, weights_devices=TWO)
+    plan = plan_pools(config, SPECS, 1 << 40)
+    quotas = quotas_of(config, SPECS, plan)
+    for device in plan.places.devices:
+        own = [quotas[model] for model, home in plan.homes.items() if home == device]
+        share = len(plan.places.pages_of(device)) // len(own)
+        assert own == [Quota(share, share)] * len(own)
+
+
+def test_a_static_share_that_was_asked_for_leaves_the_others_the_rest() -> None:
+    config = config_of(MEMORY, Mode.STATIC)
+    models = (replace(config.models[0], kv_cap_bytes=10 * PAGE), *config.models[1:])
+    config = replace(config, models=models, kv_devices=("cpu:0",), weights_devices=("cpu:0",))
+    plan = plan_pools(config, SPECS, 1 << 40)
+    rest = (plan.places.total - 10) // 3
+    assert list(quotas_of(config, SPECS, plan).values()) == [Quota(10, 10)] + [Quota(rest, rest)] * 3

@@ -193,3 +193,16 @@ def test_random_use_keeps_the_account() -> None:
             pool.release(tables.pop(rng.randrange(len(tables))))
         pool.check(tables)
     assert pool.evicted[PLAIN] and pool.evicted[LATENT]
+
+
+def test_shared_chunks_are_on_the_account_of_all_who_hold_them() -> None:
+    pool = make_pool(40)
+    tokens = list(range(64))
+    first = computed(pool, tokens)
+    assert pool.shared_by_others(first) == 0
+    second = pool.open(PLAIN, DEVICE)
+    assert pool.shared_by_others(second) == 0
+    pool.share(second, keys_of(pool, PLAIN, tokens)[:3])
+    assert [pool.shared_by_others(table) for table in (first, second)] == [3 * 2 / 2] * 2
+    pool.release(first)
+    assert pool.shared_by_others(second) == 0
