@@ -1,9 +1,9 @@
 """A team: threads that run every kernel together, each with a share of its units.
 
-Every thread of a team calls the same kernels in the same order. A kernel's work is cut into units, claimed
+The threads that take part call the same kernels in the same order. A kernel's work is cut into units, claimed
 one by one from a counter, so that a thread whose core is taken away delays the others by one unit only. The
 counter and the barrier only ever grow: what belongs to which kernel follows from how far every thread knows
-it has come.
+it has come. Between kernels a thread may stay away, and come back with what those who stayed know.
 
 ``shared``: the address of SHARED_WORDS words, zero at first, that all threads of a team see. ``own``: int64
 [OWN_WORDS] of one thread alone.
@@ -14,25 +14,46 @@ from __future__ import annotations
 import numpy as np
 
 from crosspool.kernels.numba.compile import inline, kernel
-from crosspool.kernels.numba.intrinsics import fetch_add, load_acquire, now, pause, sleep_on, yield_core
+from crosspool.kernels.numba.intrinsics import (
+    exchange,
+    fetch_add,
+    full_fence,
+    load_acquire,
+    now,
+    pause,
+    sleep_on,
+    store_release,
+    wake_all,
+)
 
-SHARED_WORDS = 32
+MOST_THREADS = 256
 ARRIVALS = 0
 CLAIMS = 128
-NEVER = 256
-"""Byte offsets into the shared words, each on cache lines of its own. Nobody wakes a sleeper on NEVER."""
+SLEEPERS = 256
+PLACES = 512
+PLACE_BYTES = 64
+LATE = 8
+"""Byte offsets into the shared words, each on cache lines of its own. Of each thread there is a place: how
+far it has come, and how long (ns) others have waited for it."""
+
+SHARED_WORDS = (PLACES + MOST_THREADS * PLACE_BYTES) // 8
 
 OWN_WORDS = 8
-INDEX, THREADS, MEETINGS, BASE, UNITS = range(5)
+INDEX, THREADS, ARRIVED, BASE, UNITS = range(5)
+"""THREADS take part: those of a lower INDEX than that. ARRIVED is what ARRIVALS is when all have met as often
+as this thread has, BASE what CLAIMS is when the kernel begins."""
 
-SPINS = 4000
-YIELDS_FOR = 1_000_000
-NAP = 50_000
-"""A wait spins for some 20 us, yields the core for 1 ms, and then sleeps 50 us at a time (ns)."""
+SPINS = 64
+SPIN_FOR = 200_000
+SLEEP_FOR = 1_000_000_000
+"""A wait spins without a look at the clock, then for so long (ns), and then sleeps until the last one comes.
+It never yields: on a core that others want, that costs a whole time slice of theirs."""
 
 
 def new_own(index: int, threads: int) -> np.ndarray:
     """What thread ``index`` of a team of ``threads`` knows, at first."""
+    if not 0 <= index < threads <= MOST_THREADS:
+        raise ValueError(f"thread {index} of {threads}: a team has {MOST_THREADS} threads at most")
     own = np.zeros(OWN_WORDS, np.int64)
     own[INDEX], own[THREADS] = index, threads
     return own
@@ -60,20 +81,56 @@ def meet(shared, own):
 
 @kernel
 def wait_for_all(shared, own):
-    """A barrier: return when every thread of the team has called it."""
-    own[MEETINGS] += 1
-    everybody = own[MEETINGS] * own[THREADS]
+    """A barrier: return when every thread that takes part has called it."""
+    own[ARRIVED] += own[THREADS]
+    everybody = own[ARRIVED]
+    store_release(shared + PLACES + PLACE_BYTES * own[INDEX], everybody)
     if fetch_add(shared + ARRIVALS, 1) + 1 == everybody:
+        full_fence()
+        if load_acquire(shared + SLEEPERS) != 0:
+            wake_all(shared + ARRIVALS)
         return
-    spins = 0
-    begin = 0
+    for _ in range(SPINS):
+        if load_acquire(shared + ARRIVALS) >= everybody:
+            return
+        pause()
+    _wait_long(shared, own, everybody)
+
+
+@kernel
+def _wait_long(shared, own, everybody):
+    begin = now()
+    while now() - begin < SPIN_FOR:
+        if load_acquire(shared + ARRIVALS) >= everybody:
+            return
+        pause()
+    late = _first_missing(shared, own, everybody)
     while load_acquire(shared + ARRIVALS) < everybody:
-        spins += 1
-        if spins < SPINS:
-            pause()
-        elif begin == 0:
-            begin = now()
-        elif now() - begin < YIELDS_FOR:
-            yield_core()
-        else:
-            sleep_on(shared + NEVER, 0, NAP)
+        fetch_add(shared + SLEEPERS, 1)
+        full_fence()
+        arrived = load_acquire(shared + ARRIVALS)
+        if arrived < everybody:
+            sleep_on(shared + ARRIVALS, arrived, SLEEP_FOR)
+        fetch_add(shared + SLEEPERS, -1)
+    if late >= 0:
+        fetch_add(shared + PLACES + PLACE_BYTES * late + LATE, now() - begin)
+
+
+@inline
+def _first_missing(shared, own, everybody):
+    """The first thread that has not come. The first one that has come says so; others get -1."""
+    missing = -1
+    for index in range(own[THREADS]):
+        if load_acquire(shared + PLACES + PLACE_BYTES * index) < everybody:
+            if missing < 0:
+                missing = index
+        elif index < own[INDEX]:
+            return -1
+    return missing
+
+
+@inline
+def take_late(shared, index):
+    """How long (ns) others have waited for a thread since this was last asked, waits below SPIN_FOR left
+    out."""
+    return exchange(shared + PLACES + PLACE_BYTES * index + LATE, 0)

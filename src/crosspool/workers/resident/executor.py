@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.topology import Topology
 from crosspool.workers.resident import control as layout
+from crosspool.workers.resident.attendance import note_place
 from crosspool.workers.resident.body import Body, BodyMemory, body_bytes, tokens_of
 from crosspool.workers.resident.control import SLOTS, TOKEN_EVENT, Control
 from crosspool.workers.resident.crew import Crew, team_address
@@ -309,6 +311,8 @@ class ResidentExecutor:
     def _run(self, crew: Crew, index: int, backend: Backend, tasks: int) -> None:
         try:
             backend.bind_member(index)
+            cores = frozenset(os.sched_getaffinity(0))
+            note_place(crew.attendance, index, threading.get_native_id(), cores)
             (run_member if index else run_leader)(crew, index, tasks)
         except Exception as error:
             _log.exception("a worker thread of %s died", backend.name)
