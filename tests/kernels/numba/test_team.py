@@ -89,29 +89,29 @@ def test_nobody_passes_a_barrier_early(threads: int) -> None:
 
 @kernel
 def meet_late(shared, own, nap, late):
-    """When all are there, meet, this thread after a nap; then note for whom others have waited, and how long,
-    and last how long all of it took."""
-    wait_for_all(shared, own)
+    """When all are there, meet, this thread after a nap; then note how long others have waited for each, and
+    last how long all of it took."""
+    for _ in range(2):
+        wait_for_all(shared, own)
+    begin = now()
     if own[INDEX] == 0:
         for index in range(own[THREADS]):
             take_late(shared, index)
-    begin = now()
     wait_for_all(shared, own)
     sleep_on(address_of(own) + 8 * UNITS, own[UNITS], nap)
-    wait_for_all(shared, own)
-    if own[INDEX] == 0:
-        late[own[THREADS]] = now() - begin
-    wait_for_all(shared, own)
+    for _ in range(2):
+        wait_for_all(shared, own)
     if own[INDEX] == 0:
         for index in range(own[THREADS]):
             late[index] = take_late(shared, index)
+        late[own[THREADS]] = now() - begin
+    wait_for_all(shared, own)
 
 
-@pytest.mark.parametrize("naps", [(0, 0, 60), (0, 60, 0), (60, 0, 0), (60, 0, 60)])
-def test_one_thread_says_who_is_late(naps: tuple[int, ...]) -> None:
-    """However many wait, the time counts once; of several that are late, the first has it."""
+@pytest.mark.parametrize("naps", [(0, 0, 90), (0, 90, 0), (90, 0, 0), (30, 0, 90)])
+def test_a_wait_counts_once_for_the_thread_that_comes_last(naps: tuple[int, ...]) -> None:
     late = np.zeros(4, np.int64)
     run_team(meet_late, 3, [1_000_000 * nap for nap in naps], [late] * 3)
     *waited, all_of_it = late.tolist()
     assert waited.index(max(waited)) == naps.index(max(naps))
-    assert 0 < max(waited) <= 1.2 * all_of_it
+    assert 0 < sum(waited) <= all_of_it

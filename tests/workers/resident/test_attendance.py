@@ -9,20 +9,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from crosspool.kernels.numba.team import LATE, PLACE_BYTES, PLACES, SHARED_WORDS, THREADS, new_own
+from crosspool.kernels.numba.team import LATE, SHARED_WORDS, THREADS, new_own
 from crosspool.workers.resident.attendance import (
     CALM,
     CORE,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     PLACE_WORDS,
+    PLACES,
     WINDOW,
     call_all_soon,
     new_attendance,
     note_place,
     review,
 )
-from crosspool.workers.resident.attendance import PLACES as ATTENDANCE_PLACES
 
 pytestmark = pytest.mark.backend
 
@@ -39,13 +39,13 @@ class Team:
         """A task in which thread i was waited for during ``shares[i]`` of it. Returns who takes part then."""
         self.time += span
         for index, share in enumerate(shares):
-            self.shared[(PLACES + PLACE_BYTES * index + LATE) // 8] += int(share * span)
+            self.shared[LATE // 8 + index] += int(share * span)
         state, shared, own = (array.ctypes.data for array in (self.state, self.shared, self.own))
         review(state, shared, own, self.time, span)
         return int(self.own[THREADS])
 
     def cores(self) -> list[int]:
-        return self.state[ATTENDANCE_PLACES + CORE :: PLACE_WORDS].tolist()
+        return self.state[PLACES + CORE :: PLACE_WORDS].tolist()
 
 
 def test_who_costs_more_than_he_does_is_left_out() -> None:

@@ -30,13 +30,13 @@ MOST_THREADS = 256
 ARRIVALS = 0
 CLAIMS = 128
 SLEEPERS = 256
-PLACES = 512
-PLACE_BYTES = 64
-LATE = 8
-"""Byte offsets into the shared words, each on cache lines of its own. Of each thread there is a place: how
-far it has come, and how long (ns) others have waited for it."""
+WAITING_SINCE = 264
+LATE = 384
+"""Byte offsets into the shared words; what is written often is on cache lines of its own. WAITING_SINCE is
+when (ns) one of the SLEEPERS came. From LATE on there is a word for each thread: how long others have waited
+for it."""
 
-SHARED_WORDS = (PLACES + MOST_THREADS * PLACE_BYTES) // 8
+SHARED_WORDS = LATE // 8 + MOST_THREADS
 
 OWN_WORDS = 8
 INDEX, THREADS, ARRIVED, BASE, UNITS = range(5)
@@ -84,27 +84,28 @@ def wait_for_all(shared, own):
     """A barrier: return when every thread that takes part has called it."""
     own[ARRIVED] += own[THREADS]
     everybody = own[ARRIVED]
-    store_release(shared + PLACES + PLACE_BYTES * own[INDEX], everybody)
     if fetch_add(shared + ARRIVALS, 1) + 1 == everybody:
         full_fence()
         if load_acquire(shared + SLEEPERS) != 0:
+            waited = now() - load_acquire(shared + WAITING_SINCE)
+            fetch_add(shared + LATE + 8 * own[INDEX], waited)
             wake_all(shared + ARRIVALS)
         return
     for _ in range(SPINS):
         if load_acquire(shared + ARRIVALS) >= everybody:
             return
         pause()
-    _wait_long(shared, own, everybody)
+    _wait_long(shared, everybody)
 
 
 @kernel
-def _wait_long(shared, own, everybody):
+def _wait_long(shared, everybody):
     begin = now()
     while now() - begin < SPIN_FOR:
         if load_acquire(shared + ARRIVALS) >= everybody:
             return
         pause()
-    late = _first_missing(shared, own, everybody)
+    store_release(shared + WAITING_SINCE, begin)
     while load_acquire(shared + ARRIVALS) < everybody:
         fetch_add(shared + SLEEPERS, 1)
         full_fence()
@@ -112,25 +113,10 @@ def _wait_long(shared, own, everybody):
         if arrived < everybody:
             sleep_on(shared + ARRIVALS, arrived, SLEEP_FOR)
         fetch_add(shared + SLEEPERS, -1)
-    if late >= 0:
-        fetch_add(shared + PLACES + PLACE_BYTES * late + LATE, now() - begin)
-
-
-@inline
-def _first_missing(shared, own, everybody):
-    """The first thread that has not come. The first one that has come says so; others get -1."""
-    missing = -1
-    for index in range(own[THREADS]):
-        if load_acquire(shared + PLACES + PLACE_BYTES * index) < everybody:
-            if missing < 0:
-                missing = index
-        elif index < own[INDEX]:
-            return -1
-    return missing
 
 
 @inline
 def take_late(shared, index):
-    """How long (ns) others have waited for a thread since this was last asked, waits below SPIN_FOR left
-    out."""
-    return exchange(shared + PLACES + PLACE_BYTES * index + LATE, 0)
+    """How long (ns) others have waited for a thread since this was last asked: waits that ended in sleep, for
+    the one that came last."""
+    return exchange(shared + LATE + 8 * index, 0)
