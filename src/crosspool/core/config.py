@@ -123,7 +123,7 @@ class SchedulerConfig:
     chunk_layer_cost: Nanoseconds = Nanoseconds(15 * MILLISECOND)
     max_batch_rows: int = 32
     max_prefill_rows: int = 8
-    decode_steps: int = 32
+    decode_steps: int = 64
     turn_steps: int = 4
     max_waiting: int = 1024
     max_running: int = 256
