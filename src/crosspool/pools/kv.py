@@ -26,9 +26,9 @@ class KvPool:
     A model with an entry in ``homes`` keeps its pages on that device; others use all. ``step_tokens`` is the
     most by which a sequence grows at once (a prompt chunk): a window group holds up to that many tokens more
     than its window. ``quotas`` are those of models that have one. ``prefix_secret`` is the random secret of
-    the prefix cache's keys, None for no cache. ``releases`` counts how often a table gave something back:
-    while it stands still, no page has become free and nobody has left. ``evicted`` counts cached pages given
-    up, by model.
+    the prefix cache's keys, None for no cache. ``places`` says which page is on which of the ``devices``.
+    ``releases`` counts how often a table gave something back: while it stands still, no page has become free
+    and nobody has left. ``evicted`` counts cached pages given up, by model.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class KvPool:
         self._layouts = dict(layouts)
         self._homes = homes or {}
         self._allocator = PageAllocator(*(len(places.pages_of(device)) for device in places.devices))
+        self.places = self._allocator.places
+        self.devices = self.places.devices
         self._cache = PrefixCache(self.places)
         self._prefix_secret = prefix_secret
         self.releases = 0
@@ -51,15 +53,6 @@ class KvPool:
         self._quotas = self._make_quotas(quotas or {})
         self._step_tokens = step_tokens
         self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
-
-    @property
-    def places(self) -> DevicePages:
-        """Which page is on which device."""
-        return self._allocator.places
-
-    @property
-    def devices(self) -> tuple[KvDevice, ...]:
-        return self.places.devices
 
     @property
     def models(self) -> Iterable[ModelIndex]:

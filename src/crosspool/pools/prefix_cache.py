@@ -101,10 +101,11 @@ class PrefixCache:
         """Forget the chunk that is worth least of those that nobody holds (with a page on ``device``, if one
         is given). There must be one."""
         if device is None or len(self.resting_on) == 1:
-            chunk = next(iter(self._resting.values()))
+            _, chunk = self._resting.popitem(last=False)
         else:
             chunk = next(chunk for chunk in self._resting.values() if self._is_on(chunk, device))
-        del self._resting[chunk.key], self._chunks[chunk.key]
+            del self._resting[chunk.key]
+        del self._chunks[chunk.key]
         self._count(chunk, -1)
         return chunk
 
