@@ -343,17 +343,17 @@ def live(seed: int) -> Life:
     rng = random.Random(seed)
     specs = random_specs(rng)
     kv_devices, weights_devices, sharding = rng.choice(TOPOLOGIES)
-    quantum = rng.choice((2, 4, 8, 16))
+    quantum = rng.choice((1, 2, 4, 8, 16))
     scheduler = SchedulerConfig(
         chunk_quantum=quantum,
-        max_chunk_tokens=quantum * rng.choice((1, 1, 2, 4)),
+        max_chunk_tokens=quantum * rng.choice((1, 1, 1, 2, 4)),
         max_batch_rows=rng.choice((1, 2, 4, 8)),
         max_prefill_rows=rng.choice((1, 1, 4)),
         decode_steps=rng.choice((1, 2, 3, 5, 32)),
         turn_steps=rng.randint(1, 4),
         ttft_target=Nanoseconds(rng.choice((1, 20, 500)) * MILLISECOND),
         tbt_target=Nanoseconds(rng.choice((1, 10, 100)) * MILLISECOND),
-        outgrowth_risk=rng.choice((1.0, 1.0, 0.5, 0.01)),
+        outgrowth_risk=rng.choice((1.0, 1.0, 1.0, 0.5, 0.01)),
     )
     page_bytes = max(16 * spec.kv_bytes_per_token_layer for spec in specs) * rng.choice((1, 2))
     longest = rng.randint(60, 200)
@@ -372,9 +372,9 @@ def live(seed: int) -> Life:
         profile=HardwareProfile(
             rng.choice((1e8, 1e9, 1e11)),
             task_overhead=Nanoseconds(10_000),
-            copy_bytes_per_second=rng.choice((1e7, 1e8, 1e9, 1e10)),
+            copy_bytes_per_second=rng.choice((1e7, 1e8, 1e9)),
         ),
-        spill_pages=rng.choice((0, rng.randint(1, pages), 4 * pages, 4 * pages)),
+        spill_pages=rng.choice((0, rng.randint(1, pages), 4 * pages)),
         speed=lambda: rng.uniform(0.3, 3.0),
         fails=(lambda: rng.random() < 0.01) if rng.random() < 0.2 else (lambda: False),
     )
@@ -416,9 +416,12 @@ class _Story:
     def _make_arrivals(self, longest: int) -> list[tuple[int, Request]]:
         rng, time, arrivals = self.rng, 0, []
         burst = rng.choice((0, 1, 5)) * MILLISECOND
+        readers_and_writers = rng.random() < 0.4
         for identity in range(rng.randint(10, 24)):
             total = rng.randint(2, longest) if rng.random() < 0.3 else rng.randint(longest // 2, longest)
             prompt = rng.choice((1, 16, rng.randint(1, 20), rng.randint(1, total), 3 * total // 4))
+            if readers_and_writers:
+                total, prompt = longest, rng.choice((1, longest // 2, longest - 10))
             prompt = min(prompt, total - 1)
             model = rng.randrange(len(self.world.specs))
             stop = frozenset(rng.sample(range(97), 2)) if rng.random() < 0.2 else frozenset()
