@@ -154,8 +154,8 @@ def test_without_room_in_the_store_tokens_are_computed_again(pages: int) -> None
 
 @pytest.mark.parametrize(("shared", "pages"), [(True, 14), (False, 21)])
 def test_what_another_holds_too_need_not_be_computed_again(shared: bool, pages: int) -> None:
-    """The second has most of its tokens in common with the first, which keeps them in the pool: to compute the
-    few others is cheaper than to copy them all."""
+    """The second has most of its tokens in common with the first, which keeps them in the pool: to compute
+    the few others is cheaper than to copy them all."""
     world = make_world(
         [SPEC],
         page_bytes=PAGE,
