@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
@@ -151,16 +151,21 @@ class KvPool:
         missing = self.missing(table, tokens)
         if missing == 0:
             return True
-        if missing > self.available_to(table.model):
-            return False
-        pages = self._allocate(missing, table.device, spread=table.model not in self._homes)
+        pages = self._take_pages(table, missing)
         if pages is None:
             return False
-        for index, group in enumerate(table.groups):
-            group.extend(pages[index :: len(table.groups)])
-        self._quotas[table.model].count(table.model, missing)
-        self._count(table, pages, 1)
-        table.changed()
+        table.extend(pages)
+        return True
+
+    def restore(self, table: PageTable, tokens: int, kept_from: Sequence[int]) -> bool:
+        """Give a table that holds nothing but shared chunks the pages of ``tokens`` computed tokens, in layer
+        group g those from chunk ``kept_from[g]`` on: all that it lacks, or none. They come from where those
+        of ``grow`` come from."""
+        chunks = table.layout.chunks(tokens)
+        pages = self._take_pages(table, sum(chunks - max(first, table.chunks) for first in kept_from))
+        if pages is None:
+            return False
+        table.extend_from(kept_from, chunks, pages)
         return True
 
     def trim(self, table: PageTable, position: int) -> None:
@@ -226,18 +231,18 @@ class KvPool:
                 return
             self._take(table, chunk)
 
+    def chunks_of_others(self, table: PageTable) -> int:
+        """How many of a table's first chunks other tables hold too. Whoever holds a chunk holds all before
+        it, so that ever fewer hold the later ones."""
+        return bisect_left(table.shared, True, key=lambda chunk: self._holders(chunk) == 1)
+
     def shared_by_others(self, table: PageTable) -> float:
         """The part of a table's pages that is on the others' account: of chunks that n tables hold, all but
-        an n-th. Whoever holds a chunk holds all before it, so that ever fewer hold the later ones; all are
-        taken to be held by as many as the first."""
-
-        def holders(chunk: CachedChunk) -> int:
-            return self._allocator.references(chunk.pages[0]) - 1
-
-        if not table.shared or holders(table.shared[0]) == 1:
+        an n-th. All are taken to be held by as many as the first."""
+        if not table.shared or self._holders(table.shared[0]) == 1:
             return 0.0
-        chunks = bisect_left(table.shared, True, key=lambda chunk: holders(chunk) == 1)
-        return chunks * len(table.groups) * (1 - 1 / holders(table.shared[0]))
+        chunks = self.chunks_of_others(table)
+        return chunks * len(table.groups) * (1 - 1 / self._holders(table.shared[0]))
 
     def publish(self, table: PageTable, keys: Iterable[bytes]) -> None:
         """Let others use the chunks that follow those which the table shares already, now that every position
@@ -252,6 +257,10 @@ class KvPool:
             self._cache.add(chunk)
             self._allocator.retain(pages)
             table.shared.append(chunk)
+
+    def _holders(self, chunk: CachedChunk) -> int:
+        """Tables that hold a published chunk; the cache refers to its pages too."""
+        return self._allocator.references(chunk.pages[0]) - 1
 
     def _may_take(self, table: PageTable, chunk: CachedChunk) -> bool:
         """Whether the model may hold a cached chunk (which may be in place of pages that the table holds)."""
@@ -275,9 +284,19 @@ class KvPool:
     def _let_go(self, table: PageTable, chunk: CachedChunk) -> None:
         self._allocator.release(chunk.pages)
         self._count(table, chunk.pages, -1)
-        if self._allocator.references(chunk.pages[0]) == 1:
+        if self._holders(chunk) == 0:
             self._cache.rest(chunk)
             self._quotas[table.model].count(table.model, -len(chunk.pages))
+
+    def _take_pages(self, table: PageTable, count: int) -> list[PageId] | None:
+        """So many pages for a table, on its account, or None."""
+        if count > self.available_to(table.model):
+            return None
+        pages = self._allocate(count, table.device, spread=table.model not in self._homes)
+        if pages is not None:
+            self._quotas[table.model].count(table.model, count)
+            self._count(table, pages, 1)
+        return pages
 
     def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId] | None:
         """Free pages, cached chunks being given up for what is lacking, or None if there are not so many.
