@@ -95,7 +95,8 @@ class KvPool:
     def available_to(self, model: ModelIndex) -> int:
         """Pages that are free or cached and that this model may take."""
         home = self._homes.get(model)
-        available = self.free + self.cached if home is None else self.available_on(home)
+        everywhere = self._allocator.free + self._cache.resting
+        available = everywhere if home is None else self.available_on(home)
         return self._quotas[model].available(model, available)
 
     def layout(self, model: ModelIndex) -> KvLayout:
@@ -293,24 +294,23 @@ class KvPool:
         if count > self.available_to(table.model):
             return None
         pages = self._allocate(count, table.device, spread=table.model not in self._homes)
-        if pages is not None:
-            self._quotas[table.model].count(table.model, count)
-            self._count(table, pages, 1)
+        self._quotas[table.model].count(table.model, count)
+        self._count(table, pages, 1)
         return pages
 
-    def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId] | None:
-        """Free pages, cached chunks being given up for what is lacking, or None if there are not so many.
+    def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId]:
+        """Free pages, cached chunks being given up for what is lacking. There are enough of both.
 
         Cached pages at home go before pages of other devices: what is spread is slower for all its tokens.
         """
         allocator, cache = self._allocator, self._cache
-        if count > (self.free + self.cached if spread else self.available_on(home)):
-            return None
         while count > allocator.free_on(home) and cache.resting_on[home]:
             self._evict(cache.evict(home))
         while spread and count > allocator.free:
             self._evict(cache.evict())
-        return allocator.allocate(count, home, spread=spread)
+        pages = allocator.allocate(count, home, spread=spread)
+        assert pages is not None
+        return pages
 
     def _evict(self, chunk: CachedChunk) -> None:
         self._allocator.release(chunk.pages)
