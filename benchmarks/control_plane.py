@@ -21,6 +21,7 @@ from crosspool.build.control import assemble
 from crosspool.build.pool_plan import PoolPlan
 from crosspool.core.batch import Event, Grant, RetiredEvent, TokenEvent, row_after
 from crosspool.core.config import EngineConfig, ModelConfig, SchedulerConfig
+from crosspool.core.copies import PageCopy
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
@@ -69,6 +70,8 @@ class InstantExecutor:
 
     def poll(self) -> list[Event]:
         return self._done.popleft() if self._done else []
+
+    def copy(self, copy: PageCopy) -> None: ...
 
     def cancel(self, request: RequestId) -> None: ...
 

@@ -52,6 +52,11 @@ def main() -> int:
             sum(life.cached_tokens > 0 for life in lives) / max(1, len(lives)), 3
         ),
         "share_with_eviction": round(sum(life.evicted_pages > 0 for life in lives) / max(1, len(lives)), 3),
+        "share_with_spill": round(sum(life.spilled > 0 for life in lives) / max(1, len(lives)), 3),
+        "share_with_return": round(sum(life.returned > 0 for life in lives) / max(1, len(lives)), 3),
+        "share_with_cancelled_copy": round(
+            sum(life.cancelled_copies > 0 for life in lives) / max(1, len(lives)), 3
+        ),
         "share_with_failed_layer": round(sum(life.failures > 0 for life in lives) / max(1, len(lives)), 3),
         "share_with_pages_elsewhere": round(sum(life.spread > 0 for life in lives) / max(1, len(lives)), 3),
         "transitions": {f"{a} -> {b}": moves[a, b] for a, b in sorted(TRANSITIONS)},

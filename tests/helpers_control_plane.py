@@ -1,8 +1,8 @@
 """A world for the control plane: the real engine over the simulator's executor, with KV pages that remember.
 
 ``ShadowModel`` keeps what was written into every page and computes each next token from what it reads back
-there. So a page lent twice, freed too early, recomputed wrongly or trimmed too far changes the output or
-fails at once; and the expected output of every request is known without the engine.
+there. So a page lent twice, freed too early, recomputed wrongly, copied wrongly or trimmed too far changes
+the output or fails at once; and the expected output of every request is known without the engine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from crosspool.build.control import assemble
 from crosspool.build.pool_plan import PoolPlan, choose_homes
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from crosspool.core.copies import Direction, PageCopy
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import NULL_PAGE, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import LayerTask
@@ -60,6 +61,7 @@ class ShadowModel:
         self._layouts = layouts
         self._places = places
         self._pages: dict[int, dict[int, tuple[int, int, int, int]]] = {}
+        self._host_pages: dict[int, dict[int, tuple[int, int, int, int]]] = {}
         self._length: dict[tuple[int, RequestId], int] = {}
 
     def begin_pass(self, grant: Grant, row: Row, start: int, tokens: tuple[int, ...]) -> None:
@@ -92,6 +94,25 @@ class ShadowModel:
             seen.append(tuple(tokens))
         return crc32(repr((grant.model, seen)).encode()) % self._specs[grant.model].vocab_size
 
+    def begin_copy(self, copy: PageCopy) -> None:
+        """What is being written has no content until the copy is over."""
+        for source, _, target, to in self._pairs(copy):
+            assert source is not target
+            target.pop(to, None)
+
+    def end_copy(self, copy: PageCopy) -> None:
+        """What is in the source now is what was copied: it may have been read as late as this."""
+        for source, at, target, to in self._pairs(copy):
+            target[to] = dict(source.get(at, {}))
+
+    def _pairs(self, copy: PageCopy):
+        """(where from, which page there, where to, which page there) of each page."""
+        for page, host_page in zip(copy.pages, copy.host_pages, strict=True):
+            if copy.direction is Direction.OUT:
+                yield self._pages, page, self._host_pages, host_page
+            else:
+                yield self._host_pages, host_page, self._pages, page
+
 
 class FailingExecutor(SimExecutor):
     """Makes some grants fail at their end, as a layer task that raises would."""
@@ -100,6 +121,15 @@ class FailingExecutor(SimExecutor):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._fails = fails
         self.failures = 0
+
+    def copy(self, copy: PageCopy) -> None:
+        self._tokens.begin_copy(copy)  # type: ignore[attr-defined]
+        super().copy(copy)
+
+    def _end_copy(self) -> PageCopy:
+        copy = super()._end_copy()
+        self._tokens.end_copy(copy)  # type: ignore[attr-defined]
+        return copy
 
     def poll(self) -> list[Event]:
         events = super().poll()
@@ -180,6 +210,7 @@ def make_world(
     fails: Callable[[], bool] = lambda: False,
     watch: Callable[[LayerTask, int, int], None] | None = None,
     quotas: list[Quota] | None = None,
+    spill_pages: int = 0,
 ) -> World:
     """An engine over these models with ``pages`` pages on each KV device. ``quotas`` are in pages."""
     by_index = {ModelIndex(index): spec for index, spec in enumerate(specs)}
@@ -197,7 +228,8 @@ def make_world(
     layouts = {index: make_layout(spec, page_bytes) for index, spec in by_index.items()}
     ffn_bytes = sum(spec.total_ffn_bytes for spec in specs)
     places = DevicePages.of([pages] * len(kv_devices))
-    plan = PoolPlan(page_bytes, places, ffn_bytes, layouts, choose_homes(config.topology, by_index))
+    homes = choose_homes(config.topology, by_index)
+    plan = PoolPlan(page_bytes, places, ffn_bytes, layouts, homes, spill_pages)
     ffn_pool = FfnPool(ffn_bytes)
     for index, spec in by_index.items():
         ffn_pool.begin_load(index, f"model-{index}", [spec.total_ffn_bytes])
@@ -263,6 +295,9 @@ class Life:
     spread: int
     cached_tokens: int
     evicted_pages: int
+    spilled: int
+    returned: int
+    cancelled_copies: int
     requests: int
     moves: Counter[tuple[State, State]]
 
@@ -308,17 +343,17 @@ def live(seed: int) -> Life:
     rng = random.Random(seed)
     specs = random_specs(rng)
     kv_devices, weights_devices, sharding = rng.choice(TOPOLOGIES)
-    quantum = rng.choice((2, 4, 8, 16))
+    quantum = rng.choice((1, 2, 4, 8, 16))
     scheduler = SchedulerConfig(
         chunk_quantum=quantum,
-        max_chunk_tokens=quantum * rng.choice((1, 1, 2, 4)),
+        max_chunk_tokens=quantum * rng.choice((1, 1, 1, 2, 4)),
         max_batch_rows=rng.choice((1, 2, 4, 8)),
         max_prefill_rows=rng.choice((1, 1, 4)),
         decode_steps=rng.choice((1, 2, 3, 5, 32)),
         turn_steps=rng.randint(1, 4),
         ttft_target=Nanoseconds(rng.choice((1, 20, 500)) * MILLISECOND),
         tbt_target=Nanoseconds(rng.choice((1, 10, 100)) * MILLISECOND),
-        outgrowth_risk=rng.choice((1.0, 1.0, 0.5, 0.01)),
+        outgrowth_risk=rng.choice((1.0, 1.0, 1.0, 0.5, 0.01)),
     )
     page_bytes = max(16 * spec.kv_bytes_per_token_layer for spec in specs) * rng.choice((1, 2))
     longest = rng.randint(60, 200)
@@ -334,7 +369,12 @@ def live(seed: int) -> Life:
         weights_devices=weights_devices,
         sharding=sharding,
         prefix_cache=rng.random() < 0.9,
-        profile=HardwareProfile(rng.choice((1e8, 1e9, 1e11)), task_overhead=Nanoseconds(10_000)),
+        profile=HardwareProfile(
+            rng.choice((1e8, 1e9, 1e11)),
+            task_overhead=Nanoseconds(10_000),
+            copy_bytes_per_second=rng.choice((1e7, 1e8, 1e9)),
+        ),
+        spill_pages=rng.choice((0, rng.randint(1, pages), 4 * pages)),
         speed=lambda: rng.uniform(0.3, 3.0),
         fails=(lambda: rng.random() < 0.01) if rng.random() < 0.2 else (lambda: False),
     )
@@ -369,15 +409,19 @@ class _Story:
         self.cut: dict[RequestId, int] = {}
         self.aborted: set[RequestId] = set()
         self.aborted_in_prefill = 0
+        self.cancelled_copies = 0
         self.decisions = 0
         self.spread = 0
 
     def _make_arrivals(self, longest: int) -> list[tuple[int, Request]]:
         rng, time, arrivals = self.rng, 0, []
         burst = rng.choice((0, 1, 5)) * MILLISECOND
+        readers_and_writers = rng.random() < 0.4
         for identity in range(rng.randint(10, 24)):
             total = rng.randint(2, longest) if rng.random() < 0.3 else rng.randint(longest // 2, longest)
             prompt = rng.choice((1, 16, rng.randint(1, 20), rng.randint(1, total), 3 * total // 4))
+            if readers_and_writers:
+                total, prompt = longest, rng.choice((1, longest // 2, longest - 10))
             prompt = min(prompt, total - 1)
             model = rng.randrange(len(self.world.specs))
             stop = frozenset(rng.sample(range(97), 2)) if rng.random() < 0.2 else frozenset()
@@ -422,6 +466,7 @@ class _Story:
             world.step()
             world.engine.check()
             self._meddle()
+            self._meddle_with_copies()
             if not self._pass_time():
                 break
         else:
@@ -436,6 +481,9 @@ class _Story:
             spread=self.spread,
             cached_tokens=sum(model.cached_tokens for model in world.engine.stats().models),
             evicted_pages=sum(model.cached_pages_evicted for model in world.engine.stats().models),
+            spilled=sum(model.spilled_sequences for model in world.engine.stats().models),
+            returned=sum(model.returned_sequences for model in world.engine.stats().models),
+            cancelled_copies=self.cancelled_copies,
             requests=len(world.requests),
             moves=scheduler.moves,
         )
@@ -475,10 +523,21 @@ class _Story:
             self.cut[request] = rng.randint(1, len(world.outputs[request]))
             world.engine.finish(request, self.cut[request])
 
+    def _meddle_with_copies(self) -> None:
+        """A client disconnects while its request's pages are being copied."""
+        copying = [r for r in self.world.requests if self.world.state(r) in (State.SPILLING, State.RETURNING)]
+        if copying and self.rng.random() < 0.05:
+            request = self.rng.choice(copying)
+            if request not in self.world.finished:
+                self.world.engine.abort(request)
+                self.aborted.add(request)
+                self.cancelled_copies += 1
+
     def _check_end(self) -> None:
         world = self.world
         assert set(world.finished) == set(world.requests)
         assert world.engine.stats().kv_pages_held == 0
+        assert world.engine.stats().spill_used_bytes == 0
         for identity, request in world.requests.items():
             expected, output, reason = (
                 world.expected(request),

@@ -61,8 +61,11 @@ def _decode(model: str, deployment: Deployment, sizes: Sizes, seed: int) -> tupl
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """A process of ordinary priority that never rests, on this machine's last core."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """A process of ordinary priority that never rests, on this machine's last core.
+
+    It has a session of its own, like the servers: the system shares cores between sessions first.
+    """
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
     try:
         mine = psutil.Process()
         psutil.Process(process.pid).cpu_affinity([max(mine.cpu_affinity())])

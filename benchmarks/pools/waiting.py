@@ -48,9 +48,9 @@ class World:
     specs: dict[ModelIndex, ModelSpec]
     page_bytes: int
 
-    def plan(self, pages: int) -> PoolPlan:
+    def plan(self, pages: int, spill_pages: int = 0) -> PoolPlan:
         layouts = {model: make_layout(spec, self.page_bytes) for model, spec in self.specs.items()}
-        return PoolPlan(self.page_bytes, DevicePages.of([pages]), 1, layouts, {})
+        return PoolPlan(self.page_bytes, DevicePages.of([pages]), 1, layouts, {}, spill_pages)
 
 
 def make_world(models: int, scheduler: SchedulerConfig) -> World:
@@ -80,6 +80,9 @@ def summary(result: ReplayResult) -> dict[str, object]:
             for why, w in waits.items()
         },
         "preemptions": result.preemptions,
+        "spills": result.spills,
+        "spilled_gib": round(result.spilled_bytes / 2**30, 2),
+        "returned_gib": round(result.returned_bytes / 2**30, 2),
         "ttft_s": {f"p{q}": round(float(np.percentile(ttft, q)), 3) for q in (50, 99, 99.9)},
         "tbt_over_40ms": {
             "gaps": len(pauses),
@@ -108,6 +111,8 @@ def main() -> int:
     parser.add_argument("--start-hour", type=float, help="by default the window with most requests")
     parser.add_argument("--pool-gib", type=float, help="instead of the window's true quantile")
     parser.add_argument("--quantile", type=float, default=0.999)
+    parser.add_argument("--spill-gib", type=float, default=0.0, help="host memory for preempted sequences")
+    parser.add_argument("--copy-gb", type=float, default=10.0, help="GB copied in a second to it and back")
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--decode-steps", type=int, default=32)
     parser.add_argument("--lengths-known", action="store_true")
@@ -161,7 +166,13 @@ def main() -> int:
         began = time.monotonic()
         known = (lambda prompt, output: output) if options.lengths_known else longest_of
         served = replay(
-            trace, world.config, world.specs, world.plan(pages), RATES, most_tokens=known, tick=options.tick
+            trace,
+            world.config,
+            world.specs,
+            world.plan(pages, int(options.spill_gib / gib)),
+            replace(RATES, copy_bytes_per_second=options.copy_gb * 1e9),
+            most_tokens=known,
+            tick=options.tick,
         )
         result["crosspool"] = summary(served) | {"replay_seconds": round(time.monotonic() - began, 1)}
     text = json.dumps(result, indent=2)

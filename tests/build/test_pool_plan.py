@@ -82,6 +82,21 @@ def test_a_home_without_a_page_for_its_model_is_refused() -> None:
         plan_pools(config, SPECS, 1 << 40)
 
 
+def test_the_spill_store_is_as_large_as_the_kv_pool_where_memory_is_left() -> None:
+    """Of what weights and KV pool leave free it takes a quarter at most."""
+    weights, pool = sum(map(whole, SPECS.values())), 100 * PAGE
+
+    def spill_pages(left: int, asked: int | None = None) -> int:
+        pools = PoolConfig(kv_pool_bytes=pool, page_bytes=PAGE, spill_bytes=asked)
+        return plan_pools(replace(config_of(None), pools=pools), SPECS, weights + pool + left).spill_pages
+
+    assert spill_pages(1 << 40) == 100
+    assert [spill_pages(left * PAGE) for left in (400, 399, 40, 3)] == [100, 99, 10, 0]
+    assert [spill_pages(400 * PAGE, asked) for asked in (0, 400 * PAGE, PAGE - 1)] == [0, 400, 0]
+    with pytest.raises(OutOfMemoryError, match=rf"spill store {401 * PAGE:,}\)"):
+        spill_pages(400 * PAGE, 401 * PAGE)
+
+
 def test_one_way_to_size_the_pool() -> None:
     with pytest.raises(ConfigError, match="not 1,000 and 2,000"):
         PoolConfig(kv_pool_bytes=1000, device_bytes=2000)

@@ -88,7 +88,7 @@ def test_every_option_reaches_the_configs(fake: FakeServer, tmp_path: Path) -> N
     options = (
         "a second=b --dtype float32 --weights-dtype int8 --weights-memory huge "
         "--kv-pool-bytes 2GiB --weights-pool-bytes 500MB --page-bytes 65536 --no-prefix-cache "
-        "--kv-devices cpu:0 --weights-devices cpu:1,cpu:2 --ffn-sharding tensor --threads 1 "
+        "--spill-bytes 0 --kv-devices cpu:0 --weights-devices cpu:1,cpu:2 --ffn-sharding tensor --threads 1 "
         "--ttft-target-ms 700 --tbt-target-ms 12.5 --host 0.0.0.0 --port 9000 --api-key secret"
     )
     result = run(*options.split())
@@ -99,7 +99,7 @@ def test_every_option_reaches_the_configs(fake: FakeServer, tmp_path: Path) -> N
         ("second", str(tmp_path / "b"), "float32", "int8"),
     ]
     assert engine.pools.weights_memory is WeightsMemory.HUGE
-    assert not engine.pools.prefix_cache
+    assert not engine.pools.prefix_cache and engine.pools.spill_bytes == 0
     assert engine.pools.kv_pool_bytes == 2 * GIB
     assert engine.pools.weights_pool_bytes == 500_000_000
     assert engine.pools.page_bytes == 65536

@@ -36,6 +36,7 @@ weights_pool_bytes = 1000000
 kv_pool_fraction = 0.25
 weights_memory = "huge"
 prefix_cache = false
+spill_bytes = "3MiB"
 
 [devices]
 kv_devices = ["cpu:0"]
@@ -92,6 +93,7 @@ def test_every_table_is_read(tmp_path: Path) -> None:
         "kv_pool_fraction": 0.25,
         "weights_memory": WeightsMemory.HUGE,
         "prefix_cache": False,
+        "spill_bytes": 3 << 20,
     }
     assert settings.devices == {
         "kv_devices": ("cpu:0",),

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from crosspool.core.batch import Half, Phase
+from crosspool.core.copies import Direction
 from crosspool.core.ids import ModelIndex, Nanoseconds
 from crosspool.costs.calibration import Calibration
+from crosspool.costs.copies import CopyCosts
 from crosspool.costs.layer import HardwareProfile, LayerCosts, Work, active_share
 from helpers_specs import gqa_spec
 
@@ -75,3 +77,13 @@ def test_calibration_starts_at_the_prediction_and_follows_the_measurements() -> 
     calibration.learn(*key, 1000, 0)
     assert calibration.correct(*key, 1000) == pytest.approx(1500, rel=0.01)
     assert calibration.correct(model, Phase.PREFILL, Half.FFN, 1000) == 1000
+
+
+def test_each_direction_of_copies_has_the_bandwidth_that_was_measured() -> None:
+    costs = CopyCosts(HardwareProfile(copy_bytes_per_second=2e9))
+    assert costs.time(Direction.OUT, 1_000_000) == costs.time(Direction.IN, 1_000_000) == 500_000
+    costs.learn(Direction.OUT, 4000, Nanoseconds(8000))
+    assert costs.time(Direction.OUT, 1_000_000) == 2_000_000
+    assert costs.time(Direction.IN, 1_000_000) == 500_000
+    costs.learn(Direction.IN, 4000, Nanoseconds(0))
+    assert costs.time(Direction.IN, 1_000_000) == 500_000, "a copy that was dropped teaches nothing"

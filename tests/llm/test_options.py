@@ -65,6 +65,7 @@ def test_every_option_arrives():
         weights_dtype="int8",
         weights_memory="huge",
         prefix_cache=False,
+        spill_bytes=300,
         kv_devices=["cpu:0", "cpu:1"],
         weights_devices=["cpu:2"],
         sharding="tensor",
@@ -77,7 +78,7 @@ def test_every_option_arrives():
         100,
     )
     assert (config.models[0].weights_dtype, config.pools.weights_memory) == ("int8", WeightsMemory.HUGE)
-    assert not config.pools.prefix_cache
+    assert not config.pools.prefix_cache and config.pools.spill_bytes == 300
     assert (config.kv_devices, config.weights_devices) == (("cpu:0", "cpu:1"), ("cpu:2",))
     assert (config.sharding, config.threads, config.scheduler) == (Sharding.TENSOR, 3, scheduler)
 
@@ -94,6 +95,7 @@ def test_every_option_arrives():
         ({"a": "x"}, {"weights_memory": "disk"}, "weights_memory must be mapped or huge, not 'disk'"),
         ({"a": "x"}, {"sharding": "row"}, "sharding must be layer or tensor or model, not 'row'"),
         ({"a": "x"}, {"threads": 0}, "threads"),
+        ({"a": "x"}, {"spill_bytes": -1}, "spill_bytes must not be below 0: -1"),
         ({"a": "x"}, {"kv_devices": []}, "kv_devices is empty"),
     ],
 )

@@ -26,6 +26,10 @@ STATS = EngineStats(
             prefix_cache=True,
             cached_pages_evicted=9,
             finished={"stop": 7, "length": 1},
+            spilled_sequences=5,
+            spilled_bytes=40_000,
+            returned_sequences=3,
+            returned_bytes=20_000,
         ),
         ModelStats('odd "name"\\', kv_pages_held=15),
     ),
@@ -35,6 +39,8 @@ STATS = EngineStats(
     page_bytes=4096,
     weights_pool_bytes=1_000_000,
     weights_used_bytes=700_000,
+    spill_store_bytes=90_000,
+    spill_used_bytes=20_000,
 )
 
 
@@ -74,6 +80,17 @@ def test_the_pools_are_told_and_their_pages_sum_up() -> None:
     assert read["crosspool_weights_used_bytes", ()] == 700_000
     held = sum(value for (name, _), value in read.items() if name == "crosspool_kv_pool_bytes")
     assert held + 60 * 4096 == 100 * 4096
+
+
+def test_what_was_copied_to_host_memory_and_back_is_told() -> None:
+    read = samples(Exposition().render(STATS))
+    a = (("model_name", "a"),)
+    assert read["crosspool_spilled_sequences_total", a] == 5
+    assert read["crosspool_spilled_bytes_total", a] == 40_000
+    assert read["crosspool_returned_sequences_total", a] == 3
+    assert read["crosspool_returned_bytes_total", a] == 20_000
+    assert read["crosspool_spill_store_bytes", ()] == 90_000
+    assert read["crosspool_spill_used_bytes", ()] == 20_000
 
 
 def test_names_with_quotes_and_backslashes_survive() -> None:

@@ -32,4 +32,7 @@ def test_the_lives_go_everywhere(lives: list[Life]) -> None:
     assert sum(life.failures > 0 for life in lives) > 0
     assert sum(life.spread > 0 for life in lives) >= 0.3 * SEEDS
     assert sum(life.cached_tokens > 0 for life in lives) >= 0.3 * SEEDS
+    assert sum(life.spilled > 0 for life in lives) >= 0.15 * SEEDS
+    assert sum(life.returned > 0 for life in lives) >= 0.1 * SEEDS
+    assert sum(life.cancelled_copies for life in lives) > 0
     assert sum(life.evicted_pages > 0 for life in lives) >= 0.3 * SEEDS

@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
+from crosspool.core.copies import CopiedEvent, Direction, PageCopy
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
+from crosspool.core.ids import (
+    CopyId,
+    GrantId,
+    HostPage,
+    KvDevice,
+    ModelIndex,
+    Nanoseconds,
+    PageId,
+    RequestId,
+)
 from crosspool.core.request import FinishReason
 from crosspool.core.sampling import SamplingParams
 from crosspool.sim.clock import VirtualClock
@@ -27,7 +37,7 @@ class Fluid:
             {ModelIndex(0): gqa_spec(layers=4)},
             self.clock,
             LENGTHS.__getitem__,
-            Rates(1000.0, Nanoseconds(STEP)),
+            Rates(1000.0, Nanoseconds(STEP), copy_bytes_per_second=1e6),
             lambda progress, made: self.watched.append((progress, made)),
         )
 
@@ -43,6 +53,11 @@ class Fluid:
         events = self.executor.poll()
         made = [(event.request, event.finish) for event in events if isinstance(event, TokenEvent)]
         return made, sum(isinstance(event, RetiredEvent) for event in events)
+
+
+def copy_of(copy: int, size: int) -> PageCopy:
+    pages, host_pages = (PageId(1),), (HostPage(1),)
+    return PageCopy(CopyId(copy), RequestId(copy), Direction.OUT, pages, host_pages, size)
 
 
 def choice(made: int, remaining: int) -> TokenChoice:
@@ -101,10 +116,28 @@ def test_a_prompt_takes_as_long_as_its_longest_row() -> None:
     fluid.executor.submit(make_grant(0, Phase.PREFILL, rows, 1))
     fluid.executor.recall(GrantId(0))
     assert fluid.executor.computed(200_000_000) == {RequestId(0): 200, RequestId(1): 150}
-    with pytest.raises(InvariantError, match="a grant ends at 300000000"):
+    with pytest.raises(InvariantError, match="a grant or a copy ends at 300000000"):
         fluid.executor.advance_to(400_000_000)
     fluid.executor.wait(10.0)
     assert fluid.clock.now() == 300_000_000
     assert fluid.tokens() == ([(0, None)], 1)
     fluid.executor.wait(1.0)
     assert fluid.clock.now() == 1_300_000_000
+
+
+def test_copies_follow_one_another_beside_grants() -> None:
+    fluid = Fluid()
+    fluid.decode(0, (2, 3), steps=2)
+    fluid.executor.copy(copy_of(0, 60_000))
+    fluid.executor.copy(copy_of(1, 40_000))
+    assert fluid.executor.next_end == 60_000_000
+    fluid.executor.advance_to(60_000_000)
+    assert fluid.executor.poll() == [CopiedEvent(CopyId(0), Nanoseconds(60_000_000))]
+    assert fluid.executor.next_end == 2 * STEP == 100_000_000
+    fluid.executor.advance_to(100_000_000)
+    events = fluid.executor.poll()
+    assert CopiedEvent(CopyId(1), Nanoseconds(40_000_000)) in events
+    assert sum(isinstance(event, RetiredEvent) for event in events) == 1
+    fluid.clock.advance_to(200_000_000)
+    fluid.executor.copy(copy_of(2, 1000))
+    assert fluid.executor.next_end == 201_000_000

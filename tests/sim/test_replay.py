@@ -27,9 +27,14 @@ PAGE = 16 * SPECS[ModelIndex(0)].kv_bytes_per_token
 
 
 def run(
-    pages: int, *requests: tuple[float, int, int, int], steps: int = 8, cap: int = 0, tick: float = 0.0
+    pages: int,
+    *requests: tuple[float, int, int, int],
+    steps: int = 8,
+    cap: int = 0,
+    tick: float = 0.0,
+    spill: int = 0,
 ) -> ReplayResult:
-    """Replay requests of (time, model, prompt, output)."""
+    """Replay requests of (time, model, prompt, output). ``spill`` is in pages."""
     config = EngineConfig(
         tuple(ModelConfig(f"m{index}", "nowhere") for index in SPECS),
         scheduler=SchedulerConfig(
@@ -37,7 +42,7 @@ def run(
         ),
     )
     layouts = {index: make_layout(spec, PAGE) for index, spec in SPECS.items()}
-    plan = PoolPlan(PAGE, DevicePages.of([pages]), 1, layouts, {})
+    plan = PoolPlan(PAGE, DevicePages.of([pages]), 1, layouts, {}, spill)
     times, models, prompts, outputs = zip(*requests, strict=True)
     trace = Trace(np.array(times, float), np.array(models), np.array(prompts), np.array(outputs))
     return replay(
@@ -95,6 +100,19 @@ def test_who_outgrows_the_pool_takes_pages_from_who_is_due_later() -> None:
     assert result.preemptions >= 1
     assert second.waits[Wait.PREEMPTED] > 0 and second.tokens == 40
     assert sum(second.pauses) >= second.waits[Wait.PREEMPTED]
+
+
+def test_who_was_spilled_does_not_read_its_tokens_again() -> None:
+    """Two prompts of 480 and of 160 tokens and 80 tokens each, and a page too few for the end."""
+    requests = ((0.0, 0, 160, 80), (0.1, 0, 480, 80))
+    computed, spilled = run(48, *requests), run(48, *requests, spill=100)
+    assert (computed.preemptions, computed.spills) == (1, 0)
+    assert (spilled.preemptions, spilled.spills) == (1, 1)
+    assert spilled.spilled_bytes == spilled.returned_bytes == 34 * PAGE
+    copy_time = 34 * PAGE // 10
+    assert spilled.records[0].last_token - computed.records[0].last_token == copy_time
+    saved = computed.records[1].last_token - spilled.records[1].last_token
+    assert saved == pytest.approx(0.54 * SECOND, abs=2 * RATES.tbt)
 
 
 @pytest.mark.parametrize("seed", range(20))

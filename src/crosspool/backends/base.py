@@ -42,6 +42,13 @@ class Backend(Protocol):
         """
         ...
 
+    def new_host_arena(self, num_pages: int, page_bytes: int) -> Tensor:
+        """Host memory that this device's pages are copied to and from: uint8 [num_pages, page_bytes].
+
+        Such as the device copies fastest, pinned for instance. Raises OutOfMemoryError.
+        """
+        ...
+
     def new_weights_arena(self) -> WeightsArena:
         """Grows as tensors are taken from it, and is freed with the last of them."""
         ...

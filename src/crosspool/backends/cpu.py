@@ -34,17 +34,22 @@ class CpuBackend:
 
     def new_arena(self, num_pages: int, page_bytes: int) -> Tensor:
         """An anonymous private mapping, so that the kernel gives (zeroed) memory at the first write."""
+        return self._map(f"{num_pages:,} KV pages on {self.name}", num_pages, page_bytes)
+
+    def new_host_arena(self, num_pages: int, page_bytes: int) -> Tensor:
+        """A mapping likewise: the device's memory is the host's."""
+        return self._map(f"a spill store of {num_pages:,} pages", num_pages, page_bytes)
+
+    def new_weights_arena(self) -> HugeArena:
+        return HugeArena()
+
+    def _map(self, what: str, num_pages: int, page_bytes: int) -> Tensor:
         size = num_pages * page_bytes
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError):
-            raise OutOfMemoryError(
-                f"{num_pages:,} KV pages on {self.name}", needed=size, free=self.free_bytes
-            ) from None
+            raise OutOfMemoryError(what, needed=size, free=self.free_bytes) from None
         return torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
-
-    def new_weights_arena(self) -> HugeArena:
-        return HugeArena()
 
     def bind_thread(self) -> None:
         os.sched_setaffinity(0, self.cores)

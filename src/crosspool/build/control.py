@@ -14,12 +14,15 @@ from crosspool.core.info import EngineInfo, ModelInfo
 from crosspool.core.protocols import Clock, Executor
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Topology
+from crosspool.costs.copies import CopyCosts
 from crosspool.costs.layer import HardwareProfile
 from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
 from crosspool.pools.kv import KvPool
+from crosspool.pools.spill import SpillStore
 from crosspool.scheduler.pipeline import Pipeline
 from crosspool.scheduler.scheduler import Lanes, Scheduler
+from crosspool.scheduler.spilling import Spilling
 
 
 def assemble(
@@ -48,12 +51,15 @@ def assemble(
         prefix_secret=secrets.token_bytes(32) if config.pools.prefix_cache else None,
     )
     check_rooms(config, pool, plan.page_bytes)
+    profile = profile or HardwareProfile()
+    pipeline = Pipeline(specs, profile, config.scheduler)
     scheduler = Scheduler(
         pool,
-        Pipeline(specs, profile or HardwareProfile(), config.scheduler),
+        pipeline,
         config.scheduler,
         {index: _targets(config, index) for index in specs},
         lanes=lanes or Lanes(alone=1 if config.topology.one_device else 2),
+        spilling=Spilling(pool, SpillStore(plan.spill_pages), pipeline, CopyCosts(profile)),
     )
     info = EngineInfo(
         models=tuple(
@@ -67,6 +73,7 @@ def assemble(
         kv_pool_bytes=plan.kv_pool_bytes,
         weights_pool_bytes=ffn_pool.budget,
         weights_used_bytes=ffn_pool.used,
+        spill_store_bytes=plan.spill_bytes,
     )
     return Engine(info, scheduler, pool, executor, clock)
 

@@ -1,4 +1,4 @@
-"""Sizes of both pools, and where each model lives, before anything is allocated."""
+"""Sizes of both pools and of the spill store, and where each model lives, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ FIRST = KvDevice(0)
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """``places`` says how many pages are on which KV device. A model that has a home keeps its KV there."""
+    """``places`` says how many pages are on which KV device. A model that has a home keeps its KV there.
+    ``spill_pages`` is how many pages host memory has room for."""
 
     page_bytes: int
     places: DevicePages
     weights_pool_bytes: int
     layouts: Mapping[ModelIndex, KvLayout]
     homes: Mapping[ModelIndex, KvDevice]
+    spill_pages: int = 0
+
+    @property
+    def spill_bytes(self) -> int:
+        return self.page_bytes * self.spill_pages
 
     @property
     def kv_pool_bytes(self) -> int:
@@ -36,9 +42,9 @@ class PoolPlan:
 
 
 def plan_pools(config: EngineConfig, specs: Mapping[ModelIndex, ModelSpec], available_bytes: int) -> PoolPlan:
-    """Size both pools for these models within ``available_bytes`` of free memory.
+    """Size both pools and the spill store for these models within ``available_bytes`` of free memory.
 
-    Raises OutOfMemoryError if pools and attention-side weights do not fit together, or not each device, and
+    Raises OutOfMemoryError if these and attention-side weights do not fit together, or not each device, and
     ConfigError if the KV pool is too small to hold anything of some model.
     """
     pools = config.pools
@@ -57,8 +63,11 @@ def plan_pools(config: EngineConfig, specs: Mapping[ModelIndex, ModelSpec], avai
         budgets = _left_on_devices(config.topology, specs, homes, pools.device_bytes)
         places = DevicePages.of([budget // page_bytes for budget in budgets])
         kv_pool = page_bytes * places.total
-    _check_memory(attention, weights_pool, kv_pool, available_bytes)
-    plan = PoolPlan(page_bytes, places, weights_pool, layouts, homes)
+    spill = pools.spill_bytes
+    if spill is None:
+        spill = min(kv_pool, max(0, available_bytes - attention - weights_pool - kv_pool) // 4)
+    _check_memory(attention, weights_pool, kv_pool, spill, available_bytes)
+    plan = PoolPlan(page_bytes, places, weights_pool, layouts, homes, spill // page_bytes)
     _check_pages(config, plan)
     return plan
 
@@ -108,12 +117,12 @@ def _left_on_devices(
     return [device_bytes - used[name] for name in topology.kv_devices]
 
 
-def _check_memory(attention: int, weights_pool: int, kv_pool: int, available: int) -> None:
-    needed = attention + weights_pool + kv_pool
+def _check_memory(attention: int, weights_pool: int, kv_pool: int, spill: int, available: int) -> None:
+    needed = attention + weights_pool + kv_pool + spill
     if needed > available:
         raise OutOfMemoryError(
             f"the pools do not fit this machine's memory (weights pool {weights_pool:,}, attention side "
-            f"{attention:,}, KV pool {kv_pool:,})",
+            f"{attention:,}, KV pool {kv_pool:,}, spill store {spill:,})",
             needed=needed,
             free=available,
         )

@@ -47,7 +47,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     sources = _open_models(config, errors, report)
     # All CPU devices have the host's memory together.
     plan = plan_pools(config, {source.index: source.spec for source in sources}, backends[0].free_bytes)
-    arena = _allocate(topology, backends, plan)
+    arena, host = _allocate(topology, backends, plan)
     workers = make_workers(config, backends, plan)
     loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), workers, report)
     for source in sources:
@@ -55,7 +55,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         if error is not None:
             errors[source.index] = error
     _require_any(config, loader.specs, errors)
-    executor = workers.start(arena, partial(_report_compiling, report))
+    executor = workers.start(arena, host, partial(_report_compiling, report))
     reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
         ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
@@ -119,9 +119,14 @@ def _shown(error: str, model: ModelConfig) -> str:
     return error.replace(f"{Path(model.path).absolute().parent}/", "")
 
 
-def _allocate(topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan) -> Tensor:
-    """The KV pool: one arena of the pages of all KV devices, which share an address space."""
-    return backends[topology.attention_team(KvDevice(0))].new_arena(plan.places.total, plan.page_bytes)
+def _allocate(
+    topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan
+) -> tuple[Tensor, Tensor | None]:
+    """The KV pool, one arena of the pages of all KV devices, which share an address space, and the spill
+    store, None if it has no page."""
+    backend = backends[topology.attention_team(KvDevice(0))]
+    arena = backend.new_arena(plan.places.total, plan.page_bytes)
+    return arena, backend.new_host_arena(plan.spill_pages, plan.page_bytes) if plan.spill_pages else None
 
 
 class _Loader:

@@ -23,6 +23,7 @@ from crosspool.models.placement import InArena, InPlace, Placement, read_in
 from crosspool.models.weights import AttentionSideWeights, FfnWeights, shard_ffn
 from crosspool.workers.attention import AttentionWorker
 from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.copier import HostCopier
 from crosspool.workers.executor import ThreadedExecutor
 from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
 from crosspool.workers.resident.executor import ResidentExecutor
@@ -51,8 +52,9 @@ class Workers(Protocol):
         """Forget whatever was put of a model."""
         ...
 
-    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
-        """``arena`` has the pages of all KV devices, as the plan says."""
+    def start(self, arena: Tensor, host: Tensor | None, compiling: Compiling) -> Executor:
+        """``arena`` has the pages of all KV devices, as the plan says, and ``host`` those of the spill store,
+        if there is one."""
         ...
 
 
@@ -107,7 +109,7 @@ class CompiledWorkers:
         self._models.pop(model, None)
         self._arenas = {key: arena for key, arena in self._arenas.items() if key[0] != model}
 
-    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
+    def start(self, arena: Tensor, host: Tensor | None, compiling: Compiling) -> Executor:
         limits = self._config.scheduler
         return ResidentExecutor(
             self._config.topology,
@@ -118,7 +120,12 @@ class CompiledWorkers:
             most_tokens=max(limits.max_chunk_tokens, limits.max_batch_rows),
             most_rows=max(limits.max_batch_rows, limits.max_prefill_rows),
             compiling=compiling,
+            copier=_copier(arena, host),
         )
+
+
+def _copier(arena: Tensor, host: Tensor | None) -> HostCopier | None:
+    return None if host is None else HostCopier(arena, host)
 
 
 @contextmanager
@@ -176,7 +183,7 @@ class ReferenceWorkers:
         for table in self._tables:
             table.remove(model)
 
-    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
+    def start(self, arena: Tensor, host: Tensor | None, compiling: Compiling) -> Executor:
         layers: Mapping[ModelIndex, int] = {model: spec.num_layers for model, spec in self._specs.items()}
         return ThreadedExecutor(
             self._topology,
@@ -185,4 +192,5 @@ class ReferenceWorkers:
             [FfnWorker(table) for table in self._tables],
             layers,
             MonotonicClock(),
+            _copier(arena, host),
         )

@@ -31,6 +31,7 @@ def serve(
     device_memory: options.DeviceBytes = None,
     weights_memory: options.WeightsMemoryOption = None,
     prefix_cache: options.PrefixCache = None,
+    spill_bytes: options.SpillBytes = None,
     kv_devices: options.KvDevices = None,
     weights_devices: options.WeightsDevices = None,
     ffn_sharding: options.FfnSharding = None,
@@ -80,6 +81,7 @@ def serve(
             device_bytes=device_memory,
             weights_memory=weights_memory,
             prefix_cache=prefix_cache,
+            spill_bytes=spill_bytes,
         ),
         devices=_given(
             kv_devices=_devices(kv_devices),

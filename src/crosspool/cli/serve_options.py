@@ -80,6 +80,15 @@ PrefixCache = Annotated[
         show_default="prefix-cache",
     ),
 ]
+SpillBytes = Annotated[
+    int | None,
+    typer.Option(
+        parser=read_size,
+        metavar="SIZE",
+        help="Host memory for KV pages of preempted sequences; 0 for none.",
+        show_default="as much as the KV pool, or a quarter of the memory left if that is less",
+    ),
+]
 KvDevices = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Devices of the KV pool, for instance cpu:0."),

@@ -58,6 +58,7 @@ def _pool_rows(info: EngineInfo) -> list[tuple[str, ...]]:
             format_bytes(info.weights_used_bytes),
             "",
         ),
+        ("spill store", "host", format_bytes(info.spill_store_bytes), "", ""),
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+from crosspool.core.copies import CopiedEvent
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.request import FinishReason, TokenLogprobs
 from crosspool.core.sampling import SamplingParams
@@ -131,7 +132,7 @@ class RetiredEvent:
     error: str | None = None
 
 
-Event = TokenEvent | RetiredEvent
+Event = TokenEvent | RetiredEvent | CopiedEvent
 
 
 def row_after(row: Row, made: int, token: int) -> tuple[FinishReason | None, bool]:

@@ -72,13 +72,16 @@ class WeightsMemory(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """Sizes of the two pools over all their devices, in bytes.
+    """Sizes of the two pools over all their devices, and of the spill store, in bytes.
 
     ``weights_pool_bytes`` None: what the models' FFN weights take. ``kv_pool_bytes`` None:
     ``kv_pool_fraction`` of the memory that the weights leave free. ``page_bytes`` None: chosen from the
     models' layouts. ``weights_memory`` holds for attention sides too. With ``device_bytes`` every device has
     so much memory, and KV gets what the weights on a KV device leave of it. ``prefix_cache``: what
     was computed stays in pages that nobody needs, for prompts that begin with the same tokens.
+
+    ``spill_bytes`` of host memory are for pages of preempted sequences, 0 for none. None: as much as the KV
+    pool, but no more than a quarter of the memory that the weights and the KV pool leave free.
     """
 
     kv_pool_bytes: int | None = None
@@ -88,12 +91,15 @@ class PoolConfig:
     weights_memory: WeightsMemory = WeightsMemory.MAPPED
     device_bytes: int | None = None
     prefix_cache: bool = True
+    spill_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_pool_bytes", "weights_pool_bytes", "page_bytes", "device_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be above 0, not {value}")
+        if self.spill_bytes is not None and self.spill_bytes < 0:
+            raise ConfigError(f"spill_bytes must not be below 0: {self.spill_bytes}")
         if self.device_bytes is not None and self.kv_pool_bytes is not None:
             raise ConfigError(
                 f"give either kv_pool_bytes or device_bytes, not {self.kv_pool_bytes:,} and "
@@ -123,7 +129,7 @@ class SchedulerConfig:
     chunk_layer_cost: Nanoseconds = Nanoseconds(15 * MILLISECOND)
     max_batch_rows: int = 32
     max_prefill_rows: int = 8
-    decode_steps: int = 32
+    decode_steps: int = 64
     turn_steps: int = 4
     max_waiting: int = 1024
     max_running: int = 256

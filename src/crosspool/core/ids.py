@@ -15,6 +15,12 @@ PageId = NewType("PageId", int)
 """A page's place in the KV pool, whose devices' pages follow one another (core/device_pages.py): its bytes
 start at ``page_id * page_bytes``."""
 
+HostPage = NewType("HostPage", int)
+"""A page's place in the spill store, in host memory: 0..pages of the store-1, each of ``page_bytes``."""
+
+CopyId = NewType("CopyId", int)
+"""The number of a copy between KV pages and host memory, in the order of submission."""
+
 KvDevice = NewType("KvDevice", int)
 """Index into the configured list of KV devices."""
 

@@ -89,6 +89,7 @@ class EngineInfo:
     kv_pool_bytes: int
     weights_pool_bytes: int
     weights_used_bytes: int
+    spill_store_bytes: int = 0
 
     def model(self, name: str) -> ModelInfo | None:
         return next((model for model in self.models if model.name == name), None)
@@ -97,7 +98,8 @@ class EngineInfo:
 @dataclass(frozen=True, slots=True)
 class ModelStats:
     """Counters (since start) and gauges (now) of one model. ``cached_tokens`` of ``prompt_tokens`` were not
-    computed but taken from the prefix cache, which ``prefix_cache`` says the model has."""
+    computed but taken from the prefix cache, which ``prefix_cache`` says the model has. Spilled is what was
+    copied to host memory at a preemption, returned what came back."""
 
     name: str
     running: int = 0
@@ -110,6 +112,10 @@ class ModelStats:
     prefix_cache: bool = False
     cached_pages_evicted: int = 0
     finished: dict[str, int] | None = None
+    spilled_sequences: int = 0
+    spilled_bytes: int = 0
+    returned_sequences: int = 0
+    returned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,8 @@ class EngineStats:
     page_bytes: int
     weights_pool_bytes: int
     weights_used_bytes: int
+    spill_store_bytes: int = 0
+    spill_used_bytes: int = 0
 
     @property
     def kv_pages_held(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from crosspool.core.batch import Event, Grant
+from crosspool.core.copies import PageCopy
 from crosspool.core.ids import GrantId, Nanoseconds, RequestId
 
 
@@ -18,15 +19,22 @@ class Executor(Protocol):
     """Runs micro-batches layer by layer in the order of core/pick.py.
 
     The real executor, the simulator's and the tests' all keep this contract: events of one grant come in
-    order, exactly one RetiredEvent ends it, and pages of a grant are not touched after it.
+    order, exactly one RetiredEvent ends it, and pages of a grant are not touched after it. Likewise one
+    CopiedEvent ends each copy.
     """
 
     def submit(self, grant: Grant) -> None:
         """Take a grant. Never blocks; the number in flight is bounded by the scheduler."""
         ...
 
+    def copy(self, copy: PageCopy) -> None:
+        """Copy pages to host memory or back. Never blocks, and lets others' micro-batches go on meanwhile:
+        it is done in bounded pieces, at any time until its CopiedEvent."""
+        ...
+
     def cancel(self, request: RequestId) -> None:
-        """Ask that a request's rows stop at the next layer or step boundary. Its grant still retires."""
+        """Ask that a request's rows stop at the next layer or step boundary. Its grant still retires. A copy
+        of its pages may be dropped half-way, and still has its CopiedEvent."""
         ...
 
     def recall(self, grant: GrantId) -> None:

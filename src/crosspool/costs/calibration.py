@@ -1,6 +1,9 @@
-"""Corrects predicted layer times by measured ones, for each model and phase."""
+"""Corrects predicted times by measured ones, of layers for each model and phase."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
 
 from crosspool.core.batch import Half, Phase
 from crosspool.core.ids import ModelIndex, Nanoseconds
@@ -10,21 +13,32 @@ SMOOTHING = 0.2
 the whole weight, and is often disturbed by cold caches."""
 
 
-class Calibration:
+@dataclass(slots=True)
+class Ratio:
     """Smoothed ratio of measured to predicted time. 1 until something was measured."""
 
-    def __init__(self) -> None:
-        self._ratios: dict[tuple[ModelIndex, Phase, Half], tuple[float, int]] = {}
+    value: float = 1.0
+    samples: int = 0
 
-    def correct(self, model: ModelIndex, phase: Phase, half: Half, predicted: int) -> Nanoseconds:
-        ratio, _ = self._ratios.get((model, phase, half), (1.0, 0))
-        return Nanoseconds(int(predicted * ratio))
+    def correct(self, predicted: int) -> Nanoseconds:
+        return Nanoseconds(int(predicted * self.value))
 
-    def learn(self, model: ModelIndex, phase: Phase, half: Half, predicted: int, measured: int) -> None:
+    def learn(self, predicted: int, measured: int) -> None:
         """``predicted`` is the uncorrected prediction. Times of 0 (nothing ran) teach nothing."""
         if predicted <= 0 or measured <= 0:
             return
-        key = (model, phase, half)
-        ratio, samples = self._ratios.get(key, (0.0, 0))
-        weight = max(SMOOTHING, 1 / (samples + 1))
-        self._ratios[key] = (ratio + weight * (measured / predicted - ratio), samples + 1)
+        self.samples += 1
+        self.value += max(SMOOTHING, 1 / self.samples) * (measured / predicted - self.value)
+
+
+class Calibration:
+    """The ratio of every kind of layer task."""
+
+    def __init__(self) -> None:
+        self._ratios: defaultdict[tuple[ModelIndex, Phase, Half], Ratio] = defaultdict(Ratio)
+
+    def correct(self, model: ModelIndex, phase: Phase, half: Half, predicted: int) -> Nanoseconds:
+        return self._ratios[model, phase, half].correct(predicted)
+
+    def learn(self, model: ModelIndex, phase: Phase, half: Half, predicted: int, measured: int) -> None:
+        self._ratios[model, phase, half].learn(predicted, measured)

@@ -13,7 +13,8 @@ from crosspool.core.spec import FfnSpec, GqaSpec, ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """One device: operations per second, bytes read per second, and the fixed cost of a task in ns.
+    """One device: operations per second, bytes read per second, the fixed cost of a task in ns, and bytes
+    copied per second between KV pages and host memory.
 
     The defaults are a cautious guess at two CPU cores; calibration corrects them within a few tasks.
     """
@@ -21,10 +22,14 @@ class HardwareProfile:
     operations_per_second: float = 100e9
     bytes_per_second: float = 15e9
     task_overhead: Nanoseconds = Nanoseconds(100_000)
+    copy_bytes_per_second: float = 2e9
 
     def time(self, operations: float, bytes_read: float) -> Nanoseconds:
         seconds = max(operations / self.operations_per_second, bytes_read / self.bytes_per_second)
         return Nanoseconds(self.task_overhead + int(seconds * 1e9))
+
+    def copy_time(self, size: int) -> Nanoseconds:
+        return Nanoseconds(int(size / self.copy_bytes_per_second * 1e9))
 
 
 @dataclass(frozen=True, slots=True)

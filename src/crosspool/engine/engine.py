@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from crosspool.core.batch import RetiredEvent, TokenEvent
+from crosspool.core.copies import CopiedEvent, Direction
 from crosspool.core.errors import InvalidRequestError, InvariantError
 from crosspool.core.ids import ModelIndex, RequestId
 from crosspool.core.info import EngineInfo, EngineStats, ModelInfo, ModelStats
@@ -109,14 +110,16 @@ class Engine:
         """Put in flight what can run: the second half of a step.
 
         Tokens alone change nothing of what the scheduler decides by: who is idle, which pages are free. So
-        nothing is tried again until a request has come or ended, a micro-batch has retired, or the decisions
-        themselves have sent somebody back to wait.
+        nothing is tried again until a request has come or ended, a micro-batch has retired, a copy is over,
+        or the decisions themselves have sent somebody back to wait.
         """
         if not self._undecided:
             return
         preemptions = self._scheduler.preemptions.total()
         for grant in self._scheduler.schedule(self._clock.now()):
             self._executor.submit(grant)
+        for copy in self._scheduler.new_copies():
+            self._executor.copy(copy)
         for recalled in self._scheduler.recalls():
             self._executor.recall(recalled)
         self._undecided = self._scheduler.preemptions.total() != preemptions
@@ -154,6 +157,8 @@ class Engine:
             page_bytes=self.info.page_bytes,
             weights_pool_bytes=self.info.weights_pool_bytes,
             weights_used_bytes=self.info.weights_used_bytes,
+            spill_store_bytes=self.info.spill_store_bytes,
+            spill_used_bytes=self._scheduler.spilling.store.used * self.info.page_bytes,
         )
 
     def check(self) -> None:
@@ -184,6 +189,9 @@ class Engine:
         for event in self._executor.poll():
             if isinstance(event, RetiredEvent):
                 self._retire(event)
+            elif isinstance(event, CopiedEvent):
+                self._undecided = True
+                self._scheduler.copied(event)
             elif (sequence := self._scheduler.take_token(event, now)) is not None:
                 self._count(event, sequence)
                 if not event.delivered:
@@ -232,7 +240,7 @@ class Engine:
         index = model.index
         if model.error is not None:
             return ModelStats(model.name, finished={})
-        counters = self._counters[index]
+        counters, spilling = self._counters[index], self._scheduler.spilling
         return ModelStats(
             name=model.name,
             running=self._scheduler.running(index),
@@ -245,4 +253,8 @@ class Engine:
             prefix_cache=model.prefix_cache,
             cached_pages_evicted=self._pool.evicted[index],
             finished=dict(counters.finished),
+            spilled_sequences=spilling.sequences[index, Direction.OUT],
+            spilled_bytes=spilling.bytes[index, Direction.OUT],
+            returned_sequences=spilling.sequences[index, Direction.IN],
+            returned_bytes=spilling.bytes[index, Direction.IN],
         )

@@ -82,6 +82,18 @@ def _model_metrics(stats: EngineStats) -> Iterable[Metric]:
             "Cached pages given up because a page was needed.",
             lambda model: model.cached_pages_evicted,
         ),
+        (
+            "crosspool_spilled_sequences",
+            "Preempted sequences that were copied to host memory.",
+            lambda model: model.spilled_sequences,
+        ),
+        ("crosspool_spilled_bytes", "Bytes copied to host memory.", lambda model: model.spilled_bytes),
+        (
+            "crosspool_returned_sequences",
+            "Sequences that were copied back from host memory.",
+            lambda model: model.returned_sequences,
+        ),
+        ("crosspool_returned_bytes", "Bytes copied back.", lambda model: model.returned_bytes),
         ("vllm:prompt_tokens", "Prompt tokens processed.", lambda model: model.prompt_tokens),
         ("vllm:generation_tokens", "Tokens generated.", lambda model: model.generation_tokens),
     ]
@@ -123,4 +135,10 @@ def _pool_metrics(stats: EngineStats) -> Iterable[Metric]:
     )
     yield GaugeMetricFamily(
         "crosspool_weights_used_bytes", "Bytes of the weights pool in use.", stats.weights_used_bytes
+    )
+    yield GaugeMetricFamily(
+        "crosspool_spill_store_bytes", "Bytes of host memory for spilled pages.", stats.spill_store_bytes
+    )
+    yield GaugeMetricFamily(
+        "crosspool_spill_used_bytes", "Bytes of the spill store in use.", stats.spill_used_bytes
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
@@ -26,9 +26,9 @@ class KvPool:
     A model with an entry in ``homes`` keeps its pages on that device; others use all. ``step_tokens`` is the
     most by which a sequence grows at once (a prompt chunk): a window group holds up to that many tokens more
     than its window. ``quotas`` are those of models that have one. ``prefix_secret`` is the random secret of
-    the prefix cache's keys, None for no cache. ``releases`` counts how often a table gave something back:
-    while it stands still, no page has become free and nobody has left. ``evicted`` counts cached pages given
-    up, by model.
+    the prefix cache's keys, None for no cache. ``places`` says which page is on which of the ``devices``.
+    ``releases`` counts how often a table gave something back: while it stands still, no page has become free
+    and nobody has left. ``evicted`` counts cached pages given up, by model.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class KvPool:
         self._layouts = dict(layouts)
         self._homes = homes or {}
         self._allocator = PageAllocator(*(len(places.pages_of(device)) for device in places.devices))
+        self.places = self._allocator.places
+        self.devices = self.places.devices
         self._cache = PrefixCache(self.places)
         self._prefix_secret = prefix_secret
         self.releases = 0
@@ -51,15 +53,6 @@ class KvPool:
         self._quotas = self._make_quotas(quotas or {})
         self._step_tokens = step_tokens
         self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
-
-    @property
-    def places(self) -> DevicePages:
-        """Which page is on which device."""
-        return self._allocator.places
-
-    @property
-    def devices(self) -> tuple[KvDevice, ...]:
-        return self.places.devices
 
     @property
     def models(self) -> Iterable[ModelIndex]:
@@ -102,7 +95,8 @@ class KvPool:
     def available_to(self, model: ModelIndex) -> int:
         """Pages that are free or cached and that this model may take."""
         home = self._homes.get(model)
-        available = self.free + self.cached if home is None else self.available_on(home)
+        everywhere = self._allocator.free + self._cache.resting
+        available = everywhere if home is None else self.available_on(home)
         return self._quotas[model].available(model, available)
 
     def layout(self, model: ModelIndex) -> KvLayout:
@@ -158,16 +152,21 @@ class KvPool:
         missing = self.missing(table, tokens)
         if missing == 0:
             return True
-        if missing > self.available_to(table.model):
-            return False
-        pages = self._allocate(missing, table.device, spread=table.model not in self._homes)
+        pages = self._take_pages(table, missing)
         if pages is None:
             return False
-        for index, group in enumerate(table.groups):
-            group.extend(pages[index :: len(table.groups)])
-        self._quotas[table.model].count(table.model, missing)
-        self._count(table, pages, 1)
-        table.changed()
+        table.extend(pages)
+        return True
+
+    def restore(self, table: PageTable, tokens: int, kept_from: Sequence[int]) -> bool:
+        """Give a table that holds nothing but shared chunks the pages of ``tokens`` computed tokens, in layer
+        group g those from chunk ``kept_from[g]`` on: all that it lacks, or none. They come from where those
+        of ``grow`` come from."""
+        chunks = table.layout.chunks(tokens)
+        pages = self._take_pages(table, sum(chunks - max(first, table.chunks) for first in kept_from))
+        if pages is None:
+            return False
+        table.extend_from(kept_from, chunks, pages)
         return True
 
     def trim(self, table: PageTable, position: int) -> None:
@@ -233,18 +232,18 @@ class KvPool:
                 return
             self._take(table, chunk)
 
+    def chunks_of_others(self, table: PageTable) -> int:
+        """How many of a table's first chunks other tables hold too. Whoever holds a chunk holds all before
+        it, so that ever fewer hold the later ones."""
+        return bisect_left(table.shared, True, key=lambda chunk: self._holders(chunk) == 1)
+
     def shared_by_others(self, table: PageTable) -> float:
         """The part of a table's pages that is on the others' account: of chunks that n tables hold, all but
-        an n-th. Whoever holds a chunk holds all before it, so that ever fewer hold the later ones; all are
-        taken to be held by as many as the first."""
-
-        def holders(chunk: CachedChunk) -> int:
-            return self._allocator.references(chunk.pages[0]) - 1
-
-        if not table.shared or holders(table.shared[0]) == 1:
+        an n-th. All are taken to be held by as many as the first."""
+        if not table.shared or self._holders(table.shared[0]) == 1:
             return 0.0
-        chunks = bisect_left(table.shared, True, key=lambda chunk: holders(chunk) == 1)
-        return chunks * len(table.groups) * (1 - 1 / holders(table.shared[0]))
+        chunks = self.chunks_of_others(table)
+        return chunks * len(table.groups) * (1 - 1 / self._holders(table.shared[0]))
 
     def publish(self, table: PageTable, keys: Iterable[bytes]) -> None:
         """Let others use the chunks that follow those which the table shares already, now that every position
@@ -259,6 +258,10 @@ class KvPool:
             self._cache.add(chunk)
             self._allocator.retain(pages)
             table.shared.append(chunk)
+
+    def _holders(self, chunk: CachedChunk) -> int:
+        """Tables that hold a published chunk; the cache refers to its pages too."""
+        return self._allocator.references(chunk.pages[0]) - 1
 
     def _may_take(self, table: PageTable, chunk: CachedChunk) -> bool:
         """Whether the model may hold a cached chunk (which may be in place of pages that the table holds)."""
@@ -282,23 +285,32 @@ class KvPool:
     def _let_go(self, table: PageTable, chunk: CachedChunk) -> None:
         self._allocator.release(chunk.pages)
         self._count(table, chunk.pages, -1)
-        if self._allocator.references(chunk.pages[0]) == 1:
+        if self._holders(chunk) == 0:
             self._cache.rest(chunk)
             self._quotas[table.model].count(table.model, -len(chunk.pages))
 
-    def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId] | None:
-        """Free pages, cached chunks being given up for what is lacking, or None if there are not so many.
+    def _take_pages(self, table: PageTable, count: int) -> list[PageId] | None:
+        """So many pages for a table, on its account, or None."""
+        if count > self.available_to(table.model):
+            return None
+        pages = self._allocate(count, table.device, spread=table.model not in self._homes)
+        self._quotas[table.model].count(table.model, count)
+        self._count(table, pages, 1)
+        return pages
+
+    def _allocate(self, count: int, home: KvDevice, *, spread: bool) -> list[PageId]:
+        """Free pages, cached chunks being given up for what is lacking. There are enough of both.
 
         Cached pages at home go before pages of other devices: what is spread is slower for all its tokens.
         """
         allocator, cache = self._allocator, self._cache
-        if count > (self.free + self.cached if spread else self.available_on(home)):
-            return None
         while count > allocator.free_on(home) and cache.resting_on[home]:
             self._evict(cache.evict(home))
         while spread and count > allocator.free:
             self._evict(cache.evict())
-        return allocator.allocate(count, home, spread=spread)
+        pages = allocator.allocate(count, home, spread=spread)
+        assert pages is not None
+        return pages
 
     def _evict(self, chunk: CachedChunk) -> None:
         self._allocator.release(chunk.pages)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from crosspool.core.ids import KvDevice, ModelIndex, PageId
+from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex, PageId
 from crosspool.core.kv_layout import KvLayout
 from crosspool.pools.prefix_cache import CachedChunk
 
@@ -50,6 +50,28 @@ class PageTable:
     def held(self) -> Iterable[PageId]:
         for group, kept in zip(self.groups, self.kept_from, strict=True):
             yield from group[kept:]
+
+    def written(self, tokens: int, since: int = 0) -> list[list[PageId]]:
+        """By layer group: the pages held of the first ``tokens`` positions, from chunk ``since`` on."""
+        chunks = self.layout.chunks(tokens)
+        return [
+            group[max(kept, since) : chunks] for group, kept in zip(self.groups, self.kept_from, strict=True)
+        ]
+
+    def extend(self, pages: Sequence[PageId]) -> None:
+        """Whole chunks more; a chunk's pages follow one another."""
+        for index, group in enumerate(self.groups):
+            group.extend(pages[index :: len(self.groups)])
+        self.changed()
+
+    def extend_from(self, kept_from: Sequence[int], chunks: int, pages: Iterable[PageId]) -> None:
+        """Up to so many chunks, in layer group g none before chunk ``kept_from[g]``."""
+        rest = iter(pages)
+        for chunk in range(self.chunks, chunks):
+            for group, first in zip(self.groups, kept_from, strict=True):
+                group.append(NULL_PAGE if chunk < first else next(rest))
+        self.kept_from[:] = kept_from
+        self.changed()
 
     def snapshot(self) -> tuple[tuple[PageId, ...], ...]:
         """The table as plain data for a grant; made once per change."""

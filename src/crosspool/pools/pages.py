@@ -13,7 +13,8 @@ class PageAllocator:
     """Hands out equal pages, ``counts`` of them on each KV device. A page belongs to no model.
 
     A page is free, or somebody refers to it: page tables, and the prefix cache. Pages given back last are
-    given out first, because their memory is most likely still mapped and in cache.
+    given out first, because their memory is most likely still mapped and in cache. ``free`` counts those of
+    all devices.
     """
 
     def __init__(self, *counts: int) -> None:
@@ -23,14 +24,7 @@ class PageAllocator:
             for device in self.places.devices
         ]
         self._references = [0] * self.places.total
-
-    @property
-    def total(self) -> int:
-        return self.places.total
-
-    @property
-    def free(self) -> int:
-        return sum(map(len, self._free))
+        self.total = self.free = self.places.total
 
     def free_on(self, device: KvDevice) -> int:
         return len(self._free[device])
@@ -75,6 +69,7 @@ class PageAllocator:
             if left == 0:
                 free = self._free[self.places.device_of(page)] if only is None else only
                 free.append(page)
+                self.free += 1
 
     def check(self, held: Iterable[PageId]) -> None:
         """Raise InvariantError unless ``held`` (repeats for shared pages) and the free lists are all pages,
@@ -89,6 +84,8 @@ class PageAllocator:
             )
         for device in self.places.devices:
             self._check_device(device)
+        if self.free != sum(map(len, self._free)):
+            raise InvariantError(f"{sum(map(len, self._free))} pages are free, but {self.free} were counted")
 
     def _check_device(self, device: KvDevice) -> None:
         pages, free = self.places.pages_of(device), self._free[device]
@@ -106,4 +103,5 @@ class PageAllocator:
         begin = max(0, len(free) - count)
         pages = free[begin:]
         del free[begin:]
+        self.free -= len(pages)
         return pages

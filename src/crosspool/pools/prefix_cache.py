@@ -58,7 +58,8 @@ class PrefixCache:
 
     The least recently held goes first, and of one sequence's chunks the last: no chunk is worth anything
     without those before it. That follows from ``rest`` being told of a sequence's chunks from its last to its
-    first, because a held chunk's predecessors are held too.
+    first, because a held chunk's predecessors are held too. ``resting`` counts the pages of chunks that
+    nobody holds, ``resting_on[d]`` those on device d.
     """
 
     def __init__(self, places: DevicePages) -> None:
@@ -66,11 +67,7 @@ class PrefixCache:
         self._chunks: dict[bytes, CachedChunk] = {}
         self._resting: OrderedDict[bytes, CachedChunk] = OrderedDict()
         self.resting_on = [0] * len(places.devices)
-
-    @property
-    def resting(self) -> int:
-        """Pages of chunks that nobody holds."""
-        return sum(self.resting_on)
+        self.resting = 0
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -101,10 +98,11 @@ class PrefixCache:
         """Forget the chunk that is worth least of those that nobody holds (with a page on ``device``, if one
         is given). There must be one."""
         if device is None or len(self.resting_on) == 1:
-            chunk = next(iter(self._resting.values()))
+            _, chunk = self._resting.popitem(last=False)
         else:
             chunk = next(chunk for chunk in self._resting.values() if self._is_on(chunk, device))
-        del self._resting[chunk.key], self._chunks[chunk.key]
+            del self._resting[chunk.key]
+        del self._chunks[chunk.key]
         self._count(chunk, -1)
         return chunk
 
@@ -113,6 +111,7 @@ class PrefixCache:
 
     def _count(self, chunk: CachedChunk, sign: int) -> None:
         """The chunk rests (1) or does not any more (-1)."""
+        self.resting += sign * len(chunk.pages)
         if len(self.resting_on) == 1:
             self.resting_on[0] += sign * len(chunk.pages)
             return
@@ -131,5 +130,6 @@ class PrefixCache:
                     f"the cached chunk of pages {chunk.pages} rests though it is held, or the reverse"
                 )
         pages = Counter(self._places.device_of(page) for c in self._resting.values() for page in c.pages)
-        if self.resting_on != [pages[device] for device in self._places.devices]:
+        on_devices = [pages[device] for device in self._places.devices]
+        if self.resting_on != on_devices or self.resting != sum(on_devices):
             raise InvariantError(f"{pages} cached pages were counted as {self.resting_on}")

@@ -13,7 +13,7 @@ from crosspool.pools.kv import KvPool
 from crosspool.pools.prefix_cache import Found
 from crosspool.scheduler.prefixes import Prefixes
 from crosspool.scheduler.risk import OutgrowthRisk
-from crosspool.scheduler.sequence import Sequence, State
+from crosspool.scheduler.sequence import Sequence
 
 AGED_AFTER = 4
 """A head of line that has waited this many times its TTFT target lets nobody of another model pass it."""
@@ -112,7 +112,6 @@ class Admission:
                 continue
             self.leave(sequence)
             sequence.table = self._pool.open(model, device)
-            sequence.move(State.PREFILLING)
             self._prefixes.take_over(sequence)
             for other in self._pool.devices:
                 demands[other].free = self._pool.available_on(other)

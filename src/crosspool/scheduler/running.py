@@ -6,15 +6,16 @@ from collections.abc import Callable, Collection, Iterator
 
 from crosspool.core.ids import RequestId
 from crosspool.pools.kv import KvPool
-from crosspool.scheduler.sequence import Sequence
+from crosspool.scheduler.sequence import Sequence, State
 
 
 class RunningSequences:
-    """Every sequence with a page table. ``preempted`` is told of each that has lost its pages to another."""
+    """Every sequence with a page table. ``preempt`` takes the pages of one for another: they are given back
+    at once, or when what is in them has been copied to host memory."""
 
-    def __init__(self, pool: KvPool, preempted: Callable[[Sequence], None]) -> None:
+    def __init__(self, pool: KvPool, preempt: Callable[[Sequence], None]) -> None:
         self._pool = pool
-        self._preempted = preempted
+        self._preempt = preempt
         self._sequences: dict[RequestId, Sequence] = {}
         self._stalled: dict[RequestId, int] = {}
 
@@ -55,7 +56,7 @@ class RunningSequences:
 
     def hold_if_free(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens if they are free, and disturb nobody."""
-        return sequence.table is not None and self._pool.grow(sequence.table, tokens)
+        return sequence.table is not None and sequence.idle and self._pool.grow(sequence.table, tokens)
 
     def hold(self, sequence: Sequence, tokens: int) -> bool:
         """Hold pages for ``tokens`` tokens, preempting the latest deadlines if the pool is short.
@@ -63,7 +64,7 @@ class RunningSequences:
         A sequence for which there are none now stalls, and is served first next time. False also for one
         that an earlier member of the same micro-batch has just preempted.
         """
-        if sequence.table is None:
+        if sequence.table is None or not sequence.idle:
             return False
         if self._secure(sequence, tokens):
             return True
@@ -82,12 +83,22 @@ class RunningSequences:
     def _secure(self, sequence: Sequence, tokens: int) -> bool:
         assert sequence.table is not None
         while not self._pool.grow(sequence.table, tokens):
+            if self._pages_are_coming(sequence, tokens):
+                return False
             victim = self._latest_after(sequence, tokens)
             if victim is None:
                 return False
-            self.give_back(victim)
-            self._preempted(victim)
+            self._stalled.pop(victim.request.id, None)
+            self._preempt(victim)
         return True
+
+    def _pages_are_coming(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether pages that help are being copied to host memory. Copies follow one another, so that nobody
+        else needs to be preempted before it is known that these are not enough."""
+        return any(
+            other.state is State.SPILLING and self._helps(other, sequence, tokens)
+            for other in self._sequences.values()
+        )
 
     def _latest_after(self, sequence: Sequence, tokens: int) -> Sequence | None:
         """The sequence of latest deadline that is not in flight, is due later, and holds pages that help."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenEvent
 from crosspool.core.config import SchedulerConfig
+from crosspool.core.copies import CopiedEvent, PageCopy
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.request import FinishReason, Request
@@ -27,6 +28,7 @@ from crosspool.scheduler.prefixes import Prefixes
 from crosspool.scheduler.risk import OutgrowthRisk
 from crosspool.scheduler.running import RunningSequences
 from crosspool.scheduler.sequence import Sequence, State, Wait
+from crosspool.scheduler.spilling import Spilling
 
 Lane = tuple[ModelIndex, KvDevice, Phase]
 
@@ -54,6 +56,7 @@ class Scheduler:
         targets: Mapping[ModelIndex, tuple[Nanoseconds, Nanoseconds]],
         *,
         lanes: Lanes,
+        spilling: Spilling,
     ) -> None:
         self._pool = pool
         self._pipeline = pipeline
@@ -70,7 +73,8 @@ class Scheduler:
             max_running=config.max_running,
         )
         self._sequences: dict[RequestId, Sequence] = {}
-        self._running = RunningSequences(pool, self._preempted)
+        self._running = RunningSequences(pool, self._preempt)
+        self._spilling = spilling
         self._grants: dict[GrantId, Grant] = {}
         self._in_lane: Counter[Lane] = Counter()
         self._left_over: set[Lane] = set()
@@ -108,6 +112,11 @@ class Scheduler:
         self._forget(sequence)
         return False
 
+    @property
+    def spilling(self) -> Spilling:
+        """What was copied to host memory and back, for statistics."""
+        return self._spilling
+
     def waiting(self, model: ModelIndex) -> int:
         return self._admission.waiting(model)
 
@@ -117,6 +126,8 @@ class Scheduler:
     def waits(self) -> dict[RequestId, Wait]:
         """Who waits for pages now, and why."""
         waits = {s.request.id: Wait.PREEMPTED if s.preemptions else Wait.QUEUED for s in self._admission}
+        copied = (s for s in self._running if s.state in (State.SPILLING, State.RETURNING))
+        waits.update((sequence.request.id, Wait.PREEMPTED) for sequence in copied)
         waits.update((request, Wait.STALLED) for request in self._running.stalled)
         return waits
 
@@ -131,6 +142,7 @@ class Scheduler:
         self._running.serve_stalled()
         for sequence in self._admission.admit(self._running, now):
             self._running.add(sequence)
+            sequence.move(State.RETURNING if self._spilling.bring_back(sequence) else State.PREFILLING)
         grants: list[Grant] = []
         self._left_over = set()
         limit = self._lane_limit()
@@ -143,6 +155,10 @@ class Scheduler:
             if self._ready(sequences):
                 self._left_over.add(lane)
         return grants
+
+    def new_copies(self) -> list[PageCopy]:
+        """Copies between KV pages and host memory that follow from what was decided, each named once."""
+        return self._spilling.new_copies()
 
     def recalls(self) -> list[GrantId]:
         """Decodes in flight that somebody waits for, each named once: a sequence that could join its rows, or
@@ -165,7 +181,7 @@ class Scheduler:
     def _idle_by_lane(self) -> dict[Lane, list[Sequence]]:
         idle: dict[Lane, list[Sequence]] = {}
         for sequence in self._running:
-            if sequence.grant is None:
+            if sequence.idle:
                 table = sequence.table
                 assert table is not None
                 lane = (sequence.request.model, table.device, phase_of(sequence))
@@ -204,7 +220,7 @@ class Scheduler:
             steps = self._hold_steps(sequence, most_steps)
             if steps:
                 members.append((sequence, steps))
-        members = [(s, steps) for s, steps in members if s.table is not None and s.state is State.DECODING]
+        members = [(s, steps) for s, steps in members if s.state is State.DECODING]
         if not members:
             return None
         times = self._pipeline.decode_times(lane[0], [s for s, _ in members])
@@ -216,7 +232,7 @@ class Scheduler:
         while not chunks and (chosen := self._prefixes.choose(self._ready(ready))):
             chunks = choose_chunks(chosen, partial(self._pipeline.chunk_fits, lane[0]), self._config)
             chunks = [(s, tokens) for s, tokens in chunks if self._running.hold(s, s.computed + tokens)]
-            chunks = [(s, tokens) for s, tokens in chunks if s.table is not None]
+            chunks = [(s, tokens) for s, tokens in chunks if s.state is State.PREFILLING]
         if not chunks:
             return None
         for sequence, _ in chunks:
@@ -267,13 +283,21 @@ class Scheduler:
         assert sequence.table is not None
         return min(wanted, sequence.table.tokens - sequence.known + 1)
 
-    def _preempted(self, victim: Sequence) -> None:
-        """It has lost its pages, goes back to its line, and will compute its known tokens again."""
-        victim.computed = 0
+    def _preempt(self, victim: Sequence) -> None:
+        """Take an idle sequence's pages: at once, or when what is in them has been copied."""
         victim.preemptions += 1
         self.preemptions[victim.request.model] += 1
-        victim.move(State.WAITING)
-        self._admission.rejoin(victim)
+        if self._spilling.spill(victim):
+            victim.move(State.SPILLING)
+        else:
+            self._send_back(victim)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """It gives its pages back and waits in its line. What is not in host memory it will compute again."""
+        self._running.give_back(sequence)
+        sequence.computed = 0
+        sequence.move(State.WAITING)
+        self._admission.rejoin(sequence)
 
     # -- results --------------------------------------------------------------------------------------
 
@@ -314,6 +338,19 @@ class Scheduler:
                 self._forget(sequence)
         return failed
 
+    def copied(self, event: CopiedEvent) -> None:
+        """A sequence's pages have been copied to host memory, or back."""
+        sequence = self._spilling.copied(event)
+        if sequence.finish is not None:
+            self._forget(sequence)
+        elif sequence.state is State.SPILLING:
+            self._send_back(sequence)
+        else:
+            if self._prefixes.publish(sequence):
+                self._admission.retry()
+            decodes = sequence.output and sequence.pending == 1
+            sequence.move(State.DECODING if decodes else State.PREFILLING)
+
     def _advance(self, sequence: Sequence, row: Row) -> None:
         """Count what the row computed: its inputs, and each token it made but the last.
 
@@ -339,12 +376,14 @@ class Scheduler:
         if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
             self._lengths.learn(sequence.request.model, len(sequence.output))
         self._running.give_back(sequence)
+        self._spilling.give_back(sequence)
         sequence.move(State.FINISHED)
         del self._sequences[sequence.request.id]
 
     def check(self) -> None:
         """Raise InvariantError unless pages, tables and states agree. For tests and for idle moments."""
         self._pool.check(s.table for s in self._sequences.values() if s.table is not None)
+        self._spilling.check(self._sequences.values())
         for sequence in self._sequences.values():
             holds = sequence.table is not None
             if holds == (sequence.state in (State.WAITING, State.FINISHED)):

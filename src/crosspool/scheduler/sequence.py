@@ -7,22 +7,27 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from crosspool.core.errors import InvariantError
-from crosspool.core.ids import GrantId, Nanoseconds
+from crosspool.core.ids import CopyId, GrantId, Nanoseconds
 from crosspool.core.request import FinishReason, Request
 from crosspool.pools.page_table import PageTable
+from crosspool.pools.spill import SpilledPages
 
 
 class State(StrEnum):
     """Where a sequence is. Only a WAITING or FINISHED sequence holds no page table."""
 
     WAITING = "waiting"
-    """Holds nothing; in its model's line."""
+    """Holds no page; in its model's line."""
     PREFILLING = "prefilling"
     """Its known tokens are being computed, chunk by chunk."""
     DECODING = "decoding"
     """All but its newest token are computed."""
+    SPILLING = "spilling"
+    """It is preempted; what it has computed is being copied to host memory."""
+    RETURNING = "returning"
+    """What it had computed is being copied back into pages."""
     DRAINING = "draining"
-    """It has ended, but a micro-batch in flight still uses its pages."""
+    """It has ended, but a micro-batch in flight, or a copy, still uses its pages."""
     FINISHED = "finished"
 
 
@@ -40,18 +45,26 @@ class Wait(StrEnum):
 TRANSITIONS = frozenset(
     {
         (State.WAITING, State.PREFILLING),
+        (State.WAITING, State.RETURNING),
         (State.WAITING, State.FINISHED),
         (State.PREFILLING, State.DECODING),
         (State.PREFILLING, State.WAITING),
+        (State.PREFILLING, State.SPILLING),
         (State.PREFILLING, State.DRAINING),
         (State.PREFILLING, State.FINISHED),
         (State.DECODING, State.WAITING),
+        (State.DECODING, State.SPILLING),
         (State.DECODING, State.DRAINING),
         (State.DECODING, State.FINISHED),
+        (State.SPILLING, State.WAITING),
+        (State.SPILLING, State.DRAINING),
+        (State.RETURNING, State.PREFILLING),
+        (State.RETURNING, State.DECODING),
+        (State.RETURNING, State.DRAINING),
         (State.DRAINING, State.FINISHED),
     }
 )
-"""Every move there is. PREFILLING or DECODING to WAITING is preemption."""
+"""Every move there is. PREFILLING or DECODING to WAITING or SPILLING is preemption."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +75,8 @@ class Sequence:
     preemption for the sequence's whole life: short prompts pass long ones that came a little earlier, and
     the earliest is never preempted, so somebody always comes through. ``computed`` is the number of positions
     whose KV is in pages, ``cached_tokens`` how many of the prompt others had computed. ``chunk_keys`` are the
-    keys of the prefix cache made so far, before the first chunk and after each.
+    keys of the prefix cache made so far, before the first chunk and after each. ``spilled`` is what it has in
+    host memory, ``copy`` the copy in flight of its pages.
     """
 
     request: Request
@@ -75,7 +89,9 @@ class Sequence:
     chunk_keys: list[bytes] = field(default_factory=list)
     state: State = State.WAITING
     table: PageTable | None = None
+    spilled: SpilledPages | None = None
     grant: GrantId | None = None
+    copy: CopyId | None = None
     last_token_at: Nanoseconds = Nanoseconds(0)
     preemptions: int = 0
     finish: FinishReason | None = None
@@ -102,8 +118,8 @@ class Sequence:
 
     @property
     def idle(self) -> bool:
-        """No micro-batch in flight has a row of it."""
-        return self.grant is None
+        """No micro-batch in flight has a row of it, and none of its pages is being copied."""
+        return self.grant is None and self.copy is None
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Known tokens at positions start..stop-1."""

@@ -8,6 +8,7 @@ process of the group, and it is the API process that drains and then shuts the c
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -96,6 +97,9 @@ def _build_and_serve(channel: CellChannel, build: EngineFactory) -> None:
         inbox: Inbox = SimpleQueue()
         threading.Thread(target=_receive, args=(channel, inbox, engine.wake), daemon=True).start()
         engine.stream_to(channel.tokens)
+        # What is there by now stays: the collector need not go through torch and all weights' tensors again.
+        gc.collect()
+        gc.freeze()
         channel.send(messages.Ready(engine.info))
         _serve(engine, inbox, channel.send)
     finally:

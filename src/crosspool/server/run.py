@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -113,6 +114,9 @@ class _Serving:
         llm = self._state.open_llm
         if llm is None:
             self._state.open_llm = await AsyncLLM.open(self._engine)
+            # Modules, routes and tokenizers stay; without them a collection is short.
+            gc.collect()
+            gc.freeze()
             if self._on_ready is not None:
                 self._on_ready(self._engine.info, self._url())
         else:

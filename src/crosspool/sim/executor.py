@@ -12,12 +12,14 @@ from itertools import count
 from typing import Protocol
 
 from crosspool.core.batch import Event, Grant, Half, Phase, Piece, RetiredEvent, Row, TokenEvent, row_after
+from crosspool.core.copies import PageCopy
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight, LayerTask
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Team, Topology
 from crosspool.costs.layer import HardwareProfile, LayerCosts
 from crosspool.sim.clock import VirtualClock
+from crosspool.sim.copier import VirtualCopier
 
 
 class TokenModel(Protocol):
@@ -75,6 +77,7 @@ class SimExecutor:
         self._speed = speed
         self._watch = watch
         self.in_flight = InFlight(topology, lambda model: specs[model].num_layers)
+        self._copier = VirtualCopier(clock, lambda copy: int(profile.copy_time(copy.size) * speed()))
         self._progress: dict[int, _Progress] = {}
         self._ends: list[tuple[int, int, LayerTask]] = []
         self._busy: set[Team] = set()
@@ -86,6 +89,10 @@ class SimExecutor:
         self._progress[grant.id] = _Progress(grant)
         self._begin_passes(grant)
         self._dispatch()
+
+    def copy(self, copy: PageCopy) -> None:
+        """Copies go on beside layer tasks, at the profile's bandwidth."""
+        self._copier.begin(copy)
 
     def cancel(self, request: RequestId) -> None:
         self.in_flight.cancel(request)
@@ -101,7 +108,7 @@ class SimExecutor:
         return events
 
     def wait(self, timeout: float) -> None:
-        """Let time pass until the next task ends, but no longer than ``timeout`` seconds."""
+        """Let time pass until the next task or copy ends, but no longer than ``timeout`` seconds."""
         limit = self._clock.now() + int(timeout * 1e9)
         if not self._events and not self.advance(limit):
             self._clock.advance_to(limit)
@@ -111,22 +118,36 @@ class SimExecutor:
 
     def close(self) -> None:
         self._ends.clear()
+        self._copier.close()
 
     @property
     def next_end(self) -> int | None:
-        """When the next running task ends."""
-        return self._ends[0][0] if self._ends else None
+        """When the next running task or copy ends."""
+        ends = [self._ends[0][0]] if self._ends else []
+        if self._copier.next_end is not None:
+            ends.append(self._copier.next_end)
+        return min(ends, default=None)
 
     def advance(self, limit: int | None = None) -> bool:
-        """Let time pass to the next task's end, unless that is after ``limit``; returns whether it did."""
-        if not self._ends or (limit is not None and self._ends[0][0] > limit):
+        """Let time pass to the next end of a task or copy, unless that is after ``limit``; returns whether it
+        did."""
+        end = self.next_end
+        if end is None or (limit is not None and end > limit):
             return False
-        end, _, task = heapq.heappop(self._ends)
         self._clock.advance_to(end)
+        if end == self._copier.next_end:
+            self._end_copy()
+            return True
+        _, _, task = heapq.heappop(self._ends)
         self._busy.discard(task.team)
         self._end_task(task)
         self._dispatch()
         return True
+
+    def _end_copy(self) -> PageCopy:
+        copy, event = self._copier.end()
+        self._events.append(event)
+        return copy
 
     def _dispatch(self) -> None:
         for team in self._teams:

@@ -9,11 +9,13 @@ from itertools import count
 
 from crosspool.core.batch import Event, Grant, Phase, RetiredEvent, Row, TokenEvent
 from crosspool.core.config import SECOND
+from crosspool.core.copies import PageCopy
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.request import FinishReason
 from crosspool.core.spec import ModelSpec
 from crosspool.sim.clock import VirtualClock
+from crosspool.sim.copier import VirtualCopier
 
 TOKEN = 0
 """Every token that is made. What a trace knows of an output is its length."""
@@ -21,10 +23,12 @@ TOKEN = 0
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens of one prompt read in a second, and the time between two tokens of one sequence in ns."""
+    """Tokens of one prompt read in a second, the time between two tokens of one sequence in ns, and bytes
+    copied in a second between KV pages and host memory."""
 
     prefill_tokens_per_second: float = 8000.0
     tbt: Nanoseconds = Nanoseconds(SECOND // 25)
+    copy_bytes_per_second: float = 10e9
 
 
 @dataclass(slots=True)
@@ -60,6 +64,7 @@ class FluidExecutor:
         self._output_tokens = output_tokens
         self._rates = rates
         self._watch = watch
+        self._copier = VirtualCopier(clock, self._copy_time)
         self._in_flight: dict[GrantId, Progress] = {}
         self._ends: list[tuple[int, int, GrantId]] = []
         self._order = count()
@@ -77,6 +82,13 @@ class FluidExecutor:
         progress = Progress(grant, now, now + time, made)
         self._in_flight[grant.id] = progress
         self._ends_at(progress)
+
+    def copy(self, copy: PageCopy) -> None:
+        """Copies go on beside grants."""
+        self._copier.begin(copy)
+
+    def _copy_time(self, copy: PageCopy) -> int:
+        return round(copy.size / self._rates.copy_bytes_per_second * SECOND)
 
     def cancel(self, request: RequestId) -> None:
         for progress in list(self._in_flight.values()):
@@ -111,6 +123,7 @@ class FluidExecutor:
 
     def close(self) -> None:
         self._in_flight.clear()
+        self._copier.close()
 
     def computed(self, time: int) -> dict[RequestId, int]:
         """Tokens of every row in flight whose KV is in pages at ``time``, which is not after the next end."""
@@ -122,7 +135,11 @@ class FluidExecutor:
 
     @property
     def next_end(self) -> int | None:
-        """When the next grant retires."""
+        """When the next grant retires, or the next copy is over."""
+        ends = (self._next_retirement(), self._copier.next_end)
+        return min((end for end in ends if end is not None), default=None)
+
+    def _next_retirement(self) -> int | None:
         while self._ends:
             end, _, grant = self._ends[0]
             progress = self._in_flight.get(grant)
@@ -132,12 +149,14 @@ class FluidExecutor:
         return None
 
     def advance_to(self, time: int) -> None:
-        """Let time pass. Raises InvariantError if a grant ends before ``time``: its end comes first."""
+        """Let time pass. Raises InvariantError if something ends before ``time``: its end comes first."""
         end = self.next_end
         if end is not None and end < time:
-            raise InvariantError(f"a grant ends at {end}, before {time}")
+            raise InvariantError(f"a grant or a copy ends at {end}, before {time}")
         self._clock.advance_to(time)
-        while self.next_end == time:
+        while self._copier.next_end == time:
+            self._events.append(self._copier.end()[1])
+        while self._next_retirement() == time:
             self._retire(self._in_flight.pop(heapq.heappop(self._ends)[2]))
 
     def _ends_at(self, progress: Progress) -> None:

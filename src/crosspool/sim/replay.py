@@ -55,15 +55,19 @@ class ReplayResult:
     """Records in the order of arrival, and samples of the pool's use at equal distances in time.
 
     ``live`` are bytes of computed tokens, ``held`` bytes of pages that tables hold. ``steps`` counts the
-    engine's steps. Both lists cover the time until the last arrival.
+    engine's steps. Both lists cover the time until the last arrival. ``spills`` of the ``preemptions`` were
+    copied to host memory, ``spilled_bytes`` together, of which ``returned_bytes`` came back.
     """
 
     records: list[RequestRecord]
     live: list[int]
     held: list[int]
     pool_bytes: int
-    preemptions: int
-    steps: int
+    preemptions: int = 0
+    steps: int = 0
+    spills: int = 0
+    spilled_bytes: int = 0
+    returned_bytes: int = 0
 
     def share_waiting(self, longer_than: float = 1.0) -> float:
         """Share of the requests that waited longer than so many seconds."""
@@ -118,7 +122,7 @@ class _Replay:
         self._waiting: dict[RequestId, tuple[Wait, int]] = {}
         self._sample_every = round(sample_every * SECOND)
         self._tick = round(tick * SECOND)
-        self._result = ReplayResult(self._records, [], [], plan.kv_pool_bytes, 0, 0)
+        self._result = ReplayResult(self._records, [], [], plan.kv_pool_bytes)
 
     def run(self) -> ReplayResult:
         """Arrivals and ends of grants, in the order of time; the engine takes a step after each."""
@@ -129,7 +133,11 @@ class _Replay:
         if self._engine.has_work():
             raise InvariantError("requests are left, but nothing is in flight")
         self._engine.check()
-        self._result.preemptions = sum(model.preemptions for model in self._engine.stats().models)
+        for model in self._engine.stats().models:
+            self._result.preemptions += model.preemptions
+            self._result.spills += model.spilled_sequences
+            self._result.spilled_bytes += model.spilled_bytes
+            self._result.returned_bytes += model.returned_bytes
         return self._result
 
     def _pass_to(self, limit: int) -> None:

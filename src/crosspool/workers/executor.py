@@ -10,12 +10,14 @@ import torch
 
 from crosspool.backends.base import Backend
 from crosspool.core.batch import Event, Grant, Half, RetiredEvent, TokenEvent
+from crosspool.core.copies import PageCopy
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import InFlight, LayerTask
 from crosspool.core.protocols import Clock
 from crosspool.core.topology import Team, Topology
 from crosspool.workers.attention import AttentionWorker
+from crosspool.workers.copier import HostCopier
 from crosspool.workers.ffn import FfnWorker
 from crosspool.workers.grant_state import GrantState
 
@@ -33,7 +35,8 @@ class ThreadedExecutor:
     All teams share one state of what is in flight, under one lock. Whoever changes it hands the tasks that
     can now run to the teams that are idle, so a team wakes only for a task and an idle executor costs
     nothing. ``backends`` are in the order of ``topology.teams``, ``attention`` in that of its KV devices,
-    ``ffn`` in that of its weights devices; ``layers`` says how many each model has.
+    ``ffn`` in that of its weights devices; ``layers`` says how many each model has. ``copier`` is None where
+    there is no spill store.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class ThreadedExecutor:
         ffn: Sequence[FfnWorker],
         layers: Mapping[ModelIndex, int],
         clock: Clock,
+        copier: HostCopier | None = None,
     ) -> None:
         self._topology = topology
         self._attention = attention
         self._ffn = ffn
         self._layers = layers
         self._clock = clock
+        self._copier = copier
         self._lock = threading.Lock()
         self._in_flight = InFlight(topology, layers.__getitem__)
         self._states: dict[GrantId, GrantState] = {}
@@ -72,6 +77,8 @@ class ThreadedExecutor:
         ]
         for thread in self._threads:
             thread.start()
+        if copier is not None:
+            copier.start(self.wake)
 
     # -- core.protocols.Executor ----------------------------------------------------------------------
 
@@ -83,7 +90,15 @@ class ThreadedExecutor:
             self._states[grant.id] = GrantState(grant, self._in_flight[grant.id].alive)
             self._hand_out()
 
+    def copy(self, copy: PageCopy) -> None:
+        """Raises InvariantError if there is no spill store."""
+        if self._copier is None:
+            raise InvariantError(f"copy {copy.id} of request {copy.request}, but there is no spill store")
+        self._copier.copy(copy)
+
     def cancel(self, request: RequestId) -> None:
+        if self._copier is not None:
+            self._copier.cancel(request)
         with self._lock:
             self._in_flight.cancel(request)
 
@@ -100,7 +115,9 @@ class ThreadedExecutor:
             if self._broken is not None:
                 raise InvariantError("a worker thread has died") from self._broken
             events, self._events = self._events, []
-            return events
+        if self._copier is not None:
+            events += self._copier.take()
+        return events
 
     def wait(self, timeout: float) -> None:
         with self._lock:
@@ -120,6 +137,8 @@ class ThreadedExecutor:
                 handed_to.notify()
         for thread in self._threads:
             thread.join()
+        if self._copier is not None:
+            self._copier.close()
         self._states.clear()
 
     def _has_news(self) -> bool:

@@ -15,7 +15,7 @@ from crosspool.kernels.numba.batch import KvPlace
 from crosspool.kernels.numba.gqa import gqa_half, gqa_mine_bytes, gqa_room_bytes
 from crosspool.kernels.numba.gqa_fields import GqaTensors, describe_gqa
 from crosspool.kernels.numba.matrix import CODES, Int8Weight, quantise
-from crosspool.kernels.numba.team import MEETINGS
+from crosspool.kernels.numba.team import ARRIVED, THREADS
 from crosspool.models.layers import PagedLayer, RopeTable, gqa
 from crosspool.models.weights import GqaWeights
 from helpers_attention_half import State, assert_near, chunk_of, chunks_of, drawn, same_bits, with_places
@@ -143,7 +143,7 @@ class Layer:
 
         def run(shared: int, own: np.ndarray, room: int, mine: int) -> None:
             gqa_half(shared, own, fields, normed.data_ptr(), seen, kv, room, mine, hidden.data_ptr())
-            meetings.add(int(own[MEETINGS]))
+            meetings.add(int(own[ARRIVED] // own[THREADS]))
 
         on_a_team(run, threads, gqa_room_bytes(fields, len(hidden)), gqa_mine_bytes(fields, seen.rows))
         (count,) = meetings

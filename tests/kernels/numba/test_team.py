@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 
 from crosspool.kernels.numba.compile import kernel
-from crosspool.kernels.numba.intrinsics import fetch_add, words
-from crosspool.kernels.numba.team import SHARED_WORDS, claim, meet, new_own, share, wait_for_all
+from crosspool.kernels.numba.intrinsics import address_of, fetch_add, now, sleep_on, words
+from crosspool.kernels.numba.team import (
+    INDEX,
+    SHARED_WORDS,
+    THREADS,
+    UNITS,
+    claim,
+    meet,
+    new_own,
+    share,
+    take_late,
+    wait_for_all,
+)
 
 pytestmark = pytest.mark.backend
 
@@ -74,3 +85,33 @@ def test_nobody_passes_a_barrier_early(threads: int) -> None:
     late = [np.ones(ROUNDS, np.int64) for _ in range(threads)]
     run_team(count_arrivals, threads, [arrived.ctypes.data] * threads, list(late))
     assert not any(own.any() for own in late)
+
+
+@kernel
+def meet_late(shared, own, nap, late):
+    """When all are there, meet, this thread after a nap; then note how long others have waited for each, and
+    last how long all of it took."""
+    for _ in range(2):
+        wait_for_all(shared, own)
+    begin = now()
+    if own[INDEX] == 0:
+        for index in range(own[THREADS]):
+            take_late(shared, index)
+    wait_for_all(shared, own)
+    sleep_on(address_of(own) + 8 * UNITS, own[UNITS], nap)
+    for _ in range(2):
+        wait_for_all(shared, own)
+    if own[INDEX] == 0:
+        for index in range(own[THREADS]):
+            late[index] = take_late(shared, index)
+        late[own[THREADS]] = now() - begin
+    wait_for_all(shared, own)
+
+
+@pytest.mark.parametrize("naps", [(0, 0, 90), (0, 90, 0), (90, 0, 0), (30, 0, 90)])
+def test_a_wait_counts_once_for_the_thread_that_comes_last(naps: tuple[int, ...]) -> None:
+    late = np.zeros(4, np.int64)
+    run_team(meet_late, 3, [1_000_000 * nap for nap in naps], [late] * 3)
+    *waited, all_of_it = late.tolist()
+    assert waited.index(max(waited)) == naps.index(max(naps))
+    assert 0 < sum(waited) <= all_of_it

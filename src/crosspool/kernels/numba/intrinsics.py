@@ -21,7 +21,11 @@ I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64
 F32 = ir.FloatType()
 VOID = ir.VoidType()
 
-SYSCALLS = {"x86_64": {"write": 1, "futex": 202}, "aarch64": {"write": 64, "futex": 98}}
+SYSCALLS = {
+    "x86_64": {"write": 1, "futex": 202, "sched_setaffinity": 203},
+    "aarch64": {"write": 64, "futex": 98, "sched_setaffinity": 122},
+}
+MOST_CORES = 1024
 FUTEX_WAIT_PRIVATE = 128
 FUTEX_WAKE_PRIVATE = 129
 CLOCK_MONOTONIC = 1
@@ -285,3 +289,22 @@ def wake_all(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def move_thread(typing: Any, thread: Any, core: Any) -> Any:
+    """Let a thread, by the system's number of it, run on one core alone (sched_setaffinity(2)). ``core`` is
+    below MOST_CORES. Returns 0, or -1 if the system does not let it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, place = arguments
+        kind = ir.ArrayType(I64, MOST_CORES // 64)
+        mask = cgutils.alloca_once(builder, kind)
+        word = builder.gep(mask, [I32(0), builder.lshr(place, I64(6))])
+        builder.store(kind(None), mask)
+        builder.store(builder.shl(I64(1), builder.and_(place, I64(63))), word)
+        return _syscall(
+            builder, "sched_setaffinity", [number, I64(MOST_CORES // 8), builder.ptrtoint(mask, I64)]
+        )
+
+    return types.int64(types.int64, types.int64), generate

@@ -1,9 +1,9 @@
 """A team: threads that run every kernel together, each with a share of its units.
 
-Every thread of a team calls the same kernels in the same order. A kernel's work is cut into units, claimed
+The threads that take part call the same kernels in the same order. A kernel's work is cut into units, claimed
 one by one from a counter, so that a thread whose core is taken away delays the others by one unit only. The
 counter and the barrier only ever grow: what belongs to which kernel follows from how far every thread knows
-it has come.
+it has come. Between kernels a thread may stay away, and come back with what those who stayed know.
 
 ``shared``: the address of SHARED_WORDS words, zero at first, that all threads of a team see. ``own``: int64
 [OWN_WORDS] of one thread alone.
@@ -14,25 +14,46 @@ from __future__ import annotations
 import numpy as np
 
 from crosspool.kernels.numba.compile import inline, kernel
-from crosspool.kernels.numba.intrinsics import fetch_add, load_acquire, now, pause, sleep_on, yield_core
+from crosspool.kernels.numba.intrinsics import (
+    exchange,
+    fetch_add,
+    full_fence,
+    load_acquire,
+    now,
+    pause,
+    sleep_on,
+    store_release,
+    wake_all,
+)
 
-SHARED_WORDS = 32
+MOST_THREADS = 256
 ARRIVALS = 0
 CLAIMS = 128
-NEVER = 256
-"""Byte offsets into the shared words, each on cache lines of its own. Nobody wakes a sleeper on NEVER."""
+SLEEPERS = 256
+WAITING_SINCE = 264
+LATE = 384
+"""Byte offsets into the shared words; what is written often is on cache lines of its own. WAITING_SINCE is
+when (ns) one of the SLEEPERS came. From LATE on there is a word for each thread: how long others have waited
+for it."""
+
+SHARED_WORDS = LATE // 8 + MOST_THREADS
 
 OWN_WORDS = 8
-INDEX, THREADS, MEETINGS, BASE, UNITS = range(5)
+INDEX, THREADS, ARRIVED, BASE, UNITS = range(5)
+"""THREADS take part: those of a lower INDEX than that. ARRIVED is what ARRIVALS is when all have met as often
+as this thread has, BASE what CLAIMS is when the kernel begins."""
 
-SPINS = 4000
-YIELDS_FOR = 1_000_000
-NAP = 50_000
-"""A wait spins for some 20 us, yields the core for 1 ms, and then sleeps 50 us at a time (ns)."""
+SPINS = 64
+SPIN_FOR = 200_000
+SLEEP_FOR = 1_000_000_000
+"""A wait spins without a look at the clock, then for so long (ns), and then sleeps until the last one comes.
+It never yields: on a core that others want, that costs a whole time slice of theirs."""
 
 
 def new_own(index: int, threads: int) -> np.ndarray:
     """What thread ``index`` of a team of ``threads`` knows, at first."""
+    if not 0 <= index < threads <= MOST_THREADS:
+        raise ValueError(f"thread {index} of {threads}: a team has {MOST_THREADS} threads at most")
     own = np.zeros(OWN_WORDS, np.int64)
     own[INDEX], own[THREADS] = index, threads
     return own
@@ -60,20 +81,42 @@ def meet(shared, own):
 
 @kernel
 def wait_for_all(shared, own):
-    """A barrier: return when every thread of the team has called it."""
-    own[MEETINGS] += 1
-    everybody = own[MEETINGS] * own[THREADS]
+    """A barrier: return when every thread that takes part has called it."""
+    own[ARRIVED] += own[THREADS]
+    everybody = own[ARRIVED]
     if fetch_add(shared + ARRIVALS, 1) + 1 == everybody:
+        full_fence()
+        if load_acquire(shared + SLEEPERS) != 0:
+            waited = now() - load_acquire(shared + WAITING_SINCE)
+            fetch_add(shared + LATE + 8 * own[INDEX], waited)
+            wake_all(shared + ARRIVALS)
         return
-    spins = 0
-    begin = 0
+    for _ in range(SPINS):
+        if load_acquire(shared + ARRIVALS) >= everybody:
+            return
+        pause()
+    _wait_long(shared, everybody)
+
+
+@kernel
+def _wait_long(shared, everybody):
+    begin = now()
+    while now() - begin < SPIN_FOR:
+        if load_acquire(shared + ARRIVALS) >= everybody:
+            return
+        pause()
+    store_release(shared + WAITING_SINCE, begin)
     while load_acquire(shared + ARRIVALS) < everybody:
-        spins += 1
-        if spins < SPINS:
-            pause()
-        elif begin == 0:
-            begin = now()
-        elif now() - begin < YIELDS_FOR:
-            yield_core()
-        else:
-            sleep_on(shared + NEVER, 0, NAP)
+        fetch_add(shared + SLEEPERS, 1)
+        full_fence()
+        arrived = load_acquire(shared + ARRIVALS)
+        if arrived < everybody:
+            sleep_on(shared + ARRIVALS, arrived, SLEEP_FOR)
+        fetch_add(shared + SLEEPERS, -1)
+
+
+@inline
+def take_late(shared, index):
+    """How long (ns) others have waited for a thread since this was last asked: waits that ended in sleep, for
+    the one that came last."""
+    return exchange(shared + LATE + 8 * index, 0)

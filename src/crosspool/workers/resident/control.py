@@ -62,10 +62,17 @@ BELL = 0
 
 ASLEEP = 1 * LINE
 TASK = 2 * LINE
-"""Counts the tasks that the leader has given to its team. A futex for the members."""
+"""How many threads the leader has called to its last task, itself included, from bit CALLED_BIT on; below,
+how many tasks it has given. A futex for members that are called."""
 
+CALLED_BIT = 48
 MEMBERS_ASLEEP = 3 * LINE
-TASK_SLOT, TASK_STAGE, TASK_PART = range(4 * LINE, 4 * LINE + 3)
+RETURNS = 3 * LINE + 1
+"""Counts how often members were called that had not been called before. A futex for those that are not."""
+
+TASK_SLOT, TASK_STAGE, TASK_PART, TASK_ARRIVED, TASK_BASE = range(4 * LINE, 4 * LINE + 5)
+"""The task, and what of the leader's own words (kernels/numba/team.py) a member needs that was away."""
+
 NO_SLOT = -1
 """TASK_SLOT of a task that sends the members home."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from crosspool.backends.base import Backend
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row, TokenEvent, row_after
+from crosspool.core.copies import PageCopy
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.topology import Topology
+from crosspool.workers.copier import HostCopier
 from crosspool.workers.resident import control as layout
+from crosspool.workers.resident.attendance import note_place
 from crosspool.workers.resident.body import Body, BodyMemory, body_bytes, tokens_of
 from crosspool.workers.resident.control import SLOTS, TOKEN_EVENT, Control
 from crosspool.workers.resident.crew import Crew, team_address
@@ -64,7 +68,7 @@ class ResidentExecutor:
     all KV devices as ``places`` says. ``most_tokens`` and ``most_rows`` bound every micro-batch: the scratch
     is for so many. With ``tasks`` the teams return to Python after so many layer tasks: what it costs is what
     lowering saves. A team that ends no task for ``patience`` is stuck. ``compiling`` is told how many of the
-    compiled stages are there.
+    compiled stages are there. ``copier`` is None where there is no spill store.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class ResidentExecutor:
         tasks: int | None = None,
         patience: Nanoseconds = PATIENCE,
         compiling: Callable[[int, int], None] = lambda done, total: None,
+        copier: HostCopier | None = None,
     ) -> None:
         for model in models.values():
             model.check_complete()
@@ -88,6 +93,7 @@ class ResidentExecutor:
         self._models = models
         self._arena = arena
         self._places = places
+        self._copier = copier
         self._most = (most_tokens, most_rows)
         self._teams = [int(topology.attention_team(device)) for device in places.devices]
         self._parts = topology.ffn_parts
@@ -117,6 +123,8 @@ class ResidentExecutor:
         ]
         for thread in self._threads:
             thread.start()
+        if copier is not None:
+            copier.start(self.wake)
 
     def _make_crews(self, topology: Topology, backends: Sequence[Backend], stages: np.ndarray) -> list[Crew]:
         addresses = np.zeros(max(self._models) + 1, np.int64)
@@ -175,7 +183,15 @@ class ResidentExecutor:
             if flying.grant.id == grant:
                 self._control.slot_words(slot)[layout.RECALLED] = 1
 
+    def copy(self, copy: PageCopy) -> None:
+        """Raises InvariantError if there is no spill store."""
+        if self._copier is None:
+            raise InvariantError(f"copy {copy.id} of request {copy.request}, but there is no spill store")
+        self._copier.copy(copy)
+
     def cancel(self, request: RequestId) -> None:
+        if self._copier is not None:
+            self._copier.cancel(request)
         for slot in self._slots_of.get(request, ()):
             flying = self._flying[slot]
             flying.dropped.add(request)
@@ -192,7 +208,7 @@ class ResidentExecutor:
             raise InvariantError("a worker thread has died") from self._broken
         self._look_at_teams()
         self._seen_news = read_word(self._control.address + 8 * layout.NEWS)
-        events: list[Event] = []
+        events: list[Event] = [] if self._copier is None else [*self._copier.take()]
         for team in range(len(self._crews)):
             self._read_ring(team, events)
         return events
@@ -212,6 +228,8 @@ class ResidentExecutor:
         ring_news(self._control.address)
         for thread in self._threads:
             thread.join()
+        if self._copier is not None:
+            self._copier.close()
         self._flying.clear()
 
     def _look_at_teams(self) -> None:
@@ -309,6 +327,8 @@ class ResidentExecutor:
     def _run(self, crew: Crew, index: int, backend: Backend, tasks: int) -> None:
         try:
             backend.bind_member(index)
+            cores = frozenset(os.sched_getaffinity(0))
+            note_place(crew.attendance, index, threading.get_native_id(), cores)
             (run_member if index else run_leader)(crew, index, tasks)
         except Exception as error:
             _log.exception("a worker thread of %s died", backend.name)

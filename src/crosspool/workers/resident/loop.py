@@ -15,10 +15,11 @@ from crosspool.kernels.numba.intrinsics import (
     fetch_add,
     load_acquire,
     now,
-    pause,
     words,
     yield_core,
 )
+from crosspool.kernels.numba.team import OWN_WORDS, THREADS
+from crosspool.workers.resident.attendance import ALL, review
 from crosspool.workers.resident.body_words import (
     ALIVE,
     CHOOSERS,
@@ -35,6 +36,7 @@ from crosspool.workers.resident.body_words import (
     body_at,
     row_at,
 )
+from crosspool.workers.resident.calls import NOT_CALLED, SLEEP_FOR, await_call, call, wait_a_little
 from crosspool.workers.resident.control import (
     ATTENTION_TASKS,
     ATTENTION_TIME,
@@ -61,7 +63,6 @@ from crosspool.workers.resident.control import (
     START_BY,
     STEPS,
     STOP,
-    TASK,
     TASK_PART,
     TASK_SLOT,
     TASK_STAGE,
@@ -71,6 +72,7 @@ from crosspool.workers.resident.control import (
     WIDTH,
 )
 from crosspool.workers.resident.crew import (
+    ATTENDANCE,
     CONTROL,
     CREW_WORDS,
     FFN_STAGE,
@@ -86,7 +88,6 @@ from crosspool.workers.resident.crew import (
     SLOT_TABLE,
     STAGES,
     TEAM_TABLE,
-    THREADS,
 )
 from crosspool.workers.resident.model_words import LATENT, layer_at
 from crosspool.workers.resident.order import (
@@ -108,8 +109,6 @@ from crosspool.workers.resident.order import (
 from crosspool.workers.resident.passes import begin_pass, end_row, rows_that_go_on
 from crosspool.workers.resident.protocol import (
     await_bell,
-    await_task,
-    give_task,
     hand_over,
     is_last_part,
     retire,
@@ -118,28 +117,7 @@ from crosspool.workers.resident.protocol import (
     send_event,
 )
 
-SPIN_FOR = 50_000
-YIELD_FOR = 250_000
-SLEEP_FOR = 1_000_000_000
-"""A wait spins so long (ns), yields until so long after its begin, and then sleeps so long at a time."""
-
-PAUSES = 4
-
-
-# -- waiting -------------------------------------------------------------------------------------------------
-
-
-@inline
-def wait_a_little(begin):
-    """Spin or yield. Returns False when it is time to sleep."""
-    waited = now() - begin
-    if waited < SPIN_FOR:
-        for _ in range(PAUSES):
-            pause()
-    elif waited < YIELD_FOR:
-        yield_core()
-    return waited < YIELD_FOR
-
+SENT_HOME = -1
 
 # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -189,28 +167,27 @@ def lead(crew_address, own, mine, table, tasks):
             await_bell(team, heard, SLEEP_FOR)
             fetch_add(team + 8 * BEATS, 1)
             idle = 0
-    if crew[THREADS] > 1:
-        give_task(team, NO_SLOT, 0, 0)
+    words(own, OWN_WORDS)[THREADS] = words(crew[ATTENDANCE], ALL + 1)[ALL]
+    call(team, own, NO_SLOT, 0, 0)
     return True
 
 
 @kernel
 def follow(crew_address, own, mine, taken, tasks):
-    """A member's loop. Returns how many tasks it has taken in all, after ``tasks`` more of them, or -1 when
-    sent home."""
+    """A member's loop, from task number ``taken`` on. Returns the number of the last one after ``tasks`` of
+    them, SENT_HOME, or NOT_CALLED, from before its first one only."""
     crew = words(crew_address, CREW_WORDS)
     team = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER]
+    before = taken
     for _ in range(tasks):
-        begin = now()
-        while load_acquire(team + 8 * TASK) == taken:
-            if not wait_a_little(begin):
-                await_task(team, taken, SLEEP_FOR)
-                begin = now()
+        number = await_call(team, own, taken)
+        if number == NOT_CALLED:
+            return NOT_CALLED if taken == before else taken
+        taken = number
         task = words(team, TASK_PART + 1)
         if task[TASK_SLOT] == NO_SLOT:
-            return -1
+            return SENT_HOME
         run_stage(crew_address, own, mine, task[TASK_SLOT], task[TASK_STAGE], task[TASK_PART])
-        taken += 1
     return taken
 
 
@@ -233,14 +210,15 @@ def run_task(crew_address, own, mine, table, column, time):
         return
     head = is_head(model, slot, stage)
     if not head or body_at(slot[BODY])[PASS_CHOOSERS] > 0:
-        if crew[THREADS] > 1:
-            give_task(team, index, stage, part)
+        call(team, own, index, stage, part)
         run_stage(crew_address, own, mine, index, stage, part)
+    end = now()
     if is_ffn(slot, stage):
-        _add_time(address, FFN_TIME, FFN_TASKS, now() - time, 1)
+        _add_time(address, FFN_TIME, FFN_TASKS, end - time, 1)
     elif not head and slot[TEAM] == crew[NUMBER]:
         begun = not continues_half(slot, stage)
-        _add_time(address, ATTENTION_TIME, ATTENTION_TASKS, now() - time, begun)
+        _add_time(address, ATTENTION_TIME, ATTENTION_TASKS, end - time, begun)
+    review(crew[ATTENDANCE], crew[SHARED], own, end, end - time)
     _complete(crew, index, position, stage)
 
 

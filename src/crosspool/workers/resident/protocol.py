@@ -29,7 +29,6 @@ from crosspool.workers.resident.control import (
     EVENT_WORDS,
     EVENTS_READ,
     EVENTS_WRITTEN,
-    MEMBERS_ASLEEP,
     NEWS,
     NO_REQUEST,
     PARTS_DONE,
@@ -38,10 +37,6 @@ from crosspool.workers.resident.control import (
     RING_EVENTS,
     STAGE_BITS,
     STOP,
-    TASK,
-    TASK_PART,
-    TASK_SLOT,
-    TASK_STAGE,
     TOKENS_TO,
 )
 
@@ -111,28 +106,6 @@ def await_bell(team, heard, timeout):
     if load_acquire(team + 8 * BELL) == heard:
         sleep_on(team + 8 * BELL, heard, timeout)
     exchange(team + 8 * ASLEEP, 0)
-
-
-@inline
-def give_task(team, slot, stage, part):
-    """Leader: let the members of the team run this, too. The task must have a meeting at its end: whoever has
-    not taken it would otherwise miss it."""
-    shared = words(team, TASK_PART + 1)
-    shared[TASK_SLOT], shared[TASK_STAGE], shared[TASK_PART] = slot, stage, part
-    fetch_add(team + 8 * TASK, 1)
-    full_fence()
-    if load_acquire(team + 8 * MEMBERS_ASLEEP) != 0:
-        wake_all(team + 8 * TASK)
-
-
-@inline
-def await_task(team, taken, timeout):
-    """Member: sleep until there are more tasks than it has ``taken``, or for ``timeout`` ns."""
-    fetch_add(team + 8 * MEMBERS_ASLEEP, 1)
-    full_fence()
-    if load_acquire(team + 8 * TASK) == taken:
-        sleep_on(team + 8 * TASK, taken, timeout)
-    fetch_add(team + 8 * MEMBERS_ASLEEP, -1)
 
 
 # -- events --------------------------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from crosspool.backends.core_time import CoreWatch
 from crosspool.kernels.numba.compile import Entry
+from crosspool.workers.resident.attendance import call_all_soon, core_of
+from crosspool.workers.resident.calls import NOT_CALLED
 from crosspool.workers.resident.control import SLOTS
 from crosspool.workers.resident.crew import (
     FFN_STAGE,
@@ -17,7 +20,7 @@ from crosspool.workers.resident.crew import (
     MLA_STAGE,
     Crew,
 )
-from crosspool.workers.resident.loop import follow, lead
+from crosspool.workers.resident.loop import SENT_HOME, follow, lead
 from crosspool.workers.resident.order import COLUMNS
 from crosspool.workers.resident.spread_stages import gqa_spread_stage, mla_spread_stage
 from crosspool.workers.resident.stages import ffn_stage, gqa_stage, head_stage, mla_stage
@@ -63,8 +66,13 @@ def run_leader(crew: Crew, index: int, tasks: int) -> None:
 
 
 def run_member(crew: Crew, index: int, tasks: int) -> None:
-    """Follow until sent home."""
+    """Follow until sent home. While it is not called, it looks whether its core is free again."""
     own, mine = crew.own[index].ctypes.data, crew.mine[index].ctypes.data
+    watch = CoreWatch()
     taken = 0
-    while taken >= 0:
-        taken = follow(crew.address, own, mine, taken, tasks or ALL_TASKS)
+    while taken != SENT_HOME:
+        number = follow(crew.address, own, mine, taken, tasks or ALL_TASKS)
+        if number != NOT_CALLED:
+            taken = number
+        elif watch.is_free(core_of(crew.attendance, index)):
+            call_all_soon(crew.attendance)
