@@ -13,7 +13,8 @@ import torch
 from crosspool.core.batch import Row, TokenChoice
 from crosspool.core.ids import GrantId, RequestId
 from crosspool.core.sampling import SamplingParams
-from crosspool.kernels.numba.choice import INDEX, choice_mine_bytes, choose, describe_choice, read_report
+from crosspool.kernels.choice_fields import INDEX, describe_choice, read_report
+from crosspool.kernels.numba.choice import choice_mine_bytes, choose
 from crosspool.kernels.reference.sampling import Choice, TokenHistory, choose_tokens
 from crosspool.workers.grant_state import ActiveRow
 

@@ -17,7 +17,7 @@ from crosspool.core.batch import Grant, Row, TokenChoice
 from crosspool.core.errors import InvariantError
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.request import TokenLogprobs
-from crosspool.kernels.numba.choice import describe_choice, read_report
+from crosspool.kernels.choice_fields import describe_choice, read_report
 from crosspool.workers.resident.body_words import (
     ALIVE,
     ARENA,
