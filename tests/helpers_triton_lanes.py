@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.triton import words
-from crosspool.kernels.triton.batch import Pass
+from crosspool.kernels.triton.batch import KvPlace, Pass
 from helpers_triton import DEVICE
 
 
@@ -68,3 +68,56 @@ def lane_of(
         tables,
     )
     return Pass(lane.to(DEVICE), *(array.to(torch.int32).to(DEVICE) for array in arrays))
+
+
+class Arena:
+    """Contexts of rows in shuffled pages, in the second of three layers' regions and the second of two layer
+    groups. Whatever holds no token of a context is not a number, and no other page is in the tables."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        inside: tuple[int, ...],
+        tokens_per_page: int,
+        dtype: torch.dtype,
+        seed: int = 0,
+    ) -> None:
+        """``inside`` is the shape of a token in a page: (2, K, D), or (1, rank + rotary)."""
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens_per_page, self.inside, self.dtype = tokens_per_page, inside, dtype
+        chunks = [-(-length // tokens_per_page) for length in lengths]
+        ids = torch.randperm(2 * sum(chunks), generator=generator)
+        self.pages = torch.full((len(lengths), 2, max(chunks)), -1)
+        self.elements = tokens_per_page * torch.Size(inside).numel()
+        self.page_elements = -(-3 * self.elements // 64) * 64
+        whole = torch.full((len(ids), self.page_elements), torch.nan, dtype=dtype)
+        region = whole[:, self.elements : 2 * self.elements]
+        tokens = region.unflatten(1, (inside[0], tokens_per_page, *inside[1:])).transpose(1, 2)
+        self.contexts = []
+        for row, (length, own) in enumerate(zip(lengths, ids[: sum(chunks)].split(chunks), strict=True)):
+            self.pages[row, 1, : len(own)] = own
+            context = torch.randn(length, *inside, generator=generator).to(dtype)
+            position = torch.arange(length)
+            tokens[own[position // tokens_per_page], position % tokens_per_page] = context
+            self.contexts.append(context)
+        self.whole = on_device(whole)
+
+    def forget_outside_window(self, row: int, first: int, window: int) -> None:
+        """Give back the pages that a query at position ``first`` or later cannot see."""
+        self.pages[row, 1, : max(0, first - window + 1) // self.tokens_per_page] = -1
+
+    def kv(self, window: int = 0) -> KvPlace:
+        size = self.dtype.itemsize
+        return KvPlace(
+            arena=self.whole.view(torch.uint8),
+            page_bytes=self.page_elements * size,
+            offset=self.elements * size,
+            tokens_per_page=self.tokens_per_page,
+            group=1,
+            window=window,
+        )
+
+    def tokens(self) -> Tensor:
+        """A view of the region: [pages, tokens, *inside]."""
+        region = self.whole[:, self.elements : 2 * self.elements]
+        return region.unflatten(1, (self.inside[0], self.tokens_per_page, *self.inside[1:])).transpose(1, 2)
