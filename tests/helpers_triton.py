@@ -1,8 +1,8 @@
 """Triton's interpreter, made to compute what a GPU computes. Import this before any kernel.
 
 The interpreter keeps bfloat16 and float8 as unsigned integers and computes with those: products come out as
-garbage, and conversions are not rounded as a GPU rounds them. Here products of such numbers are computed in
-float32, as tensor cores do; conversions round to nearest, ties to even; other arithmetic with them is
+garbage, and conversions are not rounded as a GPU rounds them. Here sums of products are rounded to float32
+in chains, as matrix units do; conversions round to nearest, ties to even; other arithmetic with them is
 refused, for kernels must convert first. What a masked load without ``other`` gives is not a number: on a GPU
 it is anything.
 """
@@ -22,6 +22,9 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceO
 INTERPRETED = bool(knobs.runtime.interpret)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Where tensors of kernel tests are."""
+
+CHAINED = 16
+"""Products that a matrix unit sums before it rounds."""
 
 _NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 _TO_NEAREST_EVEN = interpreter._ir.ROUNDING_MODE.RTNE
@@ -78,7 +81,16 @@ def _round(self: Any, source: Any, target: Any, mode: Any) -> Any:
 
 
 def _dot(self: Any, left: Any, right: Any, addend: Any, *rest: Any) -> Any:
-    return _plain_dot(self, _widened(left), _widened(right), addend, *rest)
+    """As matrix units do: chains of sums of a few products each, so that bits depend on the order of what is
+    summed alone, and not, as with a CPU's library, on the size of the tile and the place in it."""
+    left, right = _widened(left), _widened(right)
+    if addend.dtype.scalar != tl.float32:
+        return _plain_dot(self, left, right, addend, *rest)
+    total, rows, columns = addend.data, left.data.astype(np.float64), right.data.astype(np.float64)
+    for begin in range(0, rows.shape[-1], CHAINED):
+        end = begin + CHAINED
+        total = (total + rows[..., begin:end] @ columns[..., begin:end, :]).astype(np.float32)
+    return TensorHandle(total, tl.float32)
 
 
 def _load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
@@ -117,7 +129,7 @@ def _refusing_tensors(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(element: Any) -> None:
-    if element in _NARROW:
+    if not element.is_ptr() and element in _NARROW:
         raise NotImplementedError(f"arithmetic with {element}: convert to float32 first")
 
 
