@@ -12,7 +12,7 @@ import torch
 
 from crosspool.kernels.choice_fields import INDEX, describe_choice
 from crosspool.kernels.triton.choice import ChoiceRoom, blocks_of, choose
-from crosspool.kernels.triton.words import CHOOSERS, LANE_WORDS
+from crosspool.kernels.triton.words import LANE_WORDS, ROWS
 from helpers_choice import expected, random_logits, random_rules
 from helpers_triton import DEVICE
 from helpers_triton_gates import assert_builds_well, needs_interpreter, on_targets
@@ -45,19 +45,19 @@ def room_of(rows: int, vocab: int) -> ChoiceRoom:
 
 
 def chosen(fields: list[np.ndarray], logits: torch.Tensor) -> list[int]:
-    """One more token of each row; there is room for a row more, which chooses nothing."""
+    """One more token of each row, beside a row that chooses nothing and one that is not there."""
     count, vocab = logits.shape
     kept = [torch.from_numpy(own).to(DEVICE) for own in fields]
-    choices = torch.tensor([own.data_ptr() for own in kept] + [0], device=DEVICE)
+    choices = torch.tensor([own.data_ptr() for own in kept] + [0, 1], device=DEVICE)
     lane = torch.zeros(LANE_WORDS, dtype=torch.int64)
-    lane[CHOOSERS] = count
-    given = torch.cat([logits, torch.full((1, vocab), math.nan)]).to(DEVICE)
-    out = torch.full((count + 1,), -7, device=DEVICE)
-    choose(lane.to(DEVICE), choices, given, room_of(count + 1, vocab), out)
-    assert out[-1] == -7
+    lane[ROWS] = count + 1
+    given = torch.cat([logits, torch.full((2, vocab), math.nan)]).to(DEVICE)
+    out = torch.full((count + 2,), -7, device=DEVICE)
+    choose(lane.to(DEVICE), choices, given, room_of(count + 2, vocab), out)
+    assert out[-2:].tolist() == [-7, -7]
     for own, after in zip(fields, kept, strict=True):
         own[:] = after.cpu().numpy()
-    return out[:-1].tolist()
+    return out[:-2].tolist()
 
 
 @pytest.mark.parametrize(("vocab", "cases"), [(1, 40), (2, 120), (13, 800), (300, 200), (3000, 60)])

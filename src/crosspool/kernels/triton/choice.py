@@ -5,8 +5,8 @@ alone, and among equals the lowest token id comes first, everywhere. Nothing is 
 keep is the beginning of one order, and where it ends is found by halving the range of the bits of a weight.
 Blocks of BLOCK tokens are looked at side by side, and each of their sums has one order.
 
-All is done for the first CHOOSERS rows (words.py) of ``logits`` float32 [rows, V], which may be changed;
-``choices`` int64 [rows] are the addresses of how each chooses (choice_fields.py).
+All is done for the lane's ROWS of ``logits`` float32 [rows, V], which may be changed. ``choices`` int64
+[rows] are the addresses of how each chooses (choice_fields.py), 0 if a row chooses nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from torch import Tensor
 
 from crosspool.kernels import choice_fields
 from crosspool.kernels.triton.random_draw import uniform
-from crosspool.kernels.triton.words import CHOOSERS
+from crosspool.kernels.triton.words import ROWS
 
 BLOCK = 1024
 _BLOCK = tl.constexpr(BLOCK)
-_CHOOSERS = tl.constexpr(CHOOSERS)
+_LISTED = tl.constexpr(256)
+"""Entries of a history, or stop tokens, that are looked at together."""
+
+_ROWS = tl.constexpr(ROWS)
 _SEED, _INDEX = tl.constexpr(choice_fields.SEED), tl.constexpr(choice_fields.INDEX)
 _TEMPERATURE, _MIN_P = tl.constexpr(choice_fields.TEMPERATURE), tl.constexpr(choice_fields.MIN_P)
 _TOP_K, _TOP_P = tl.constexpr(choice_fields.TOP_K), tl.constexpr(choice_fields.TOP_P)
@@ -38,7 +41,8 @@ _BEYOND_ONE = tl.constexpr(0x3FF0000000000001)
 """The bits of the next float64 after 1, which is the largest weight."""
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
-_FAST = {"num_warps": 4, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""Without fusion penalties are rounded as the reference rounds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class ChoiceRoom:
 
 
 def blocks_of(vocab: int) -> int:
-    return triton.cdiv(vocab, BLOCK)
+    return -(-vocab // BLOCK)
 
 
 def choose(lane: Tensor, choices: Tensor, logits: Tensor, room: ChoiceRoom, chosen: Tensor) -> None:
@@ -70,13 +74,13 @@ def choose(lane: Tensor, choices: Tensor, logits: Tensor, room: ChoiceRoom, chos
     rows, vocab = logits.shape
     blocks = blocks_of(vocab)
     wide = max(2, triton.next_power_of_2(blocks))
-    _change[(rows,)](lane, choices, logits, room.altered, vocab, **_FAST)
+    _change[(rows,)](lane, choices, logits, room.altered, vocab, **_OPTIONS)
     _find_largest[(rows, blocks)](
-        lane, choices, logits, room.altered, room.largest, room.places, vocab, blocks, **_FAST
+        lane, choices, logits, room.altered, room.largest, room.places, vocab, blocks, **_OPTIONS
     )
     sources = (lane, choices, logits, room.altered, room.largest, room.counts)
-    _count[(rows, blocks)](*sources, room.sums, vocab, blocks, wide, **_FAST)
-    _gather[(rows, blocks)](*sources, room.weights, room.ids, vocab, blocks, wide, **_FAST)
+    _count[(rows, blocks)](*sources, room.sums, vocab, blocks, wide, **_OPTIONS)
+    _gather[(rows, blocks)](*sources, room.weights, room.ids, vocab, blocks, wide, **_OPTIONS)
     _draw[(rows,)](
         lane,
         choices,
@@ -90,8 +94,15 @@ def choose(lane: Tensor, choices: Tensor, logits: Tensor, room: ChoiceRoom, chos
         vocab,
         blocks,
         wide,
-        **_FAST,
+        **_OPTIONS | {"num_warps": 16},
     )
+
+
+@triton.jit
+def chooses(lane, choices, row):
+    """Whether there is such a row, and it chooses a token."""
+    there = row < tl.load(lane + _ROWS)
+    return there & (tl.load(choices + row) != 0)
 
 
 @triton.jit
@@ -124,7 +135,7 @@ def _source(fields, logits, altered, row, vocab):
 def _change(lane, choices, logits, altered, vocab):
     """Penalise and suppress. One program a row. What refuses the row makes its first logit no number."""
     row = tl.program_id(0)
-    if row >= tl.load(lane + _CHOOSERS):
+    if not chooses(lane, choices, row):
         return
     fields = fields_of(choices, row)
     history_count, suppresses = tl.load(fields + _HISTORY_COUNT), _suppresses(fields)
@@ -141,14 +152,7 @@ def _change(lane, choices, logits, altered, vocab):
     broken = _penalise(fields, source, history_count, vocab)
     if suppresses:
         tl.debug_barrier()
-        stop_count = tl.load(fields + _STOP_COUNT)
-        stops = fields + tl.load(fields + _STOPS)
-        for begin in range(0, stop_count, _BLOCK):
-            token = tl.load(stops + begin + at, begin + at < stop_count, -1)
-            own = (token >= 0) & (token < vocab)
-            value = tl.load(source + token, own, 0.0)
-            broken += tl.sum(((value != value) | (value == _INFINITY)).to(tl.int32))
-            tl.store(source + token, -_INFINITY, own)
+        broken += _suppress(fields, source, vocab)
     if broken > 0:
         tl.debug_barrier()
         tl.store(source, float("nan"))
@@ -160,9 +164,9 @@ def _penalise(fields, source, history_count, vocab):
     repetition = _real(fields, _REPETITION).to(tl.float32)
     presence, frequency = _real(fields, _PRESENCE).to(tl.float32), _real(fields, _FREQUENCY).to(tl.float32)
     history = fields + tl.load(fields + _HISTORY)
-    at = tl.arange(0, _BLOCK)
+    at = tl.arange(0, _LISTED)
     strangers = 0
-    for begin in range(0, history_count, _BLOCK):
+    for begin in range(0, history_count, _LISTED):
         known = begin + at < history_count
         token = tl.load(history + 2 * (begin + at), known, 0)
         count = tl.load(history + 2 * (begin + at) + 1, known, 0)
@@ -176,10 +180,26 @@ def _penalise(fields, source, history_count, vocab):
 
 
 @triton.jit
+def _suppress(fields, source, vocab):
+    """Returns how many of the logits that are taken away were infinite or no numbers."""
+    stop_count = tl.load(fields + _STOP_COUNT)
+    stops = fields + tl.load(fields + _STOPS)
+    at = tl.arange(0, _LISTED)
+    broken = 0
+    for begin in range(0, stop_count, _LISTED):
+        token = tl.load(stops + begin + at, begin + at < stop_count, -1)
+        own = (token >= 0) & (token < vocab)
+        value = tl.load(source + token, own, 0.0)
+        broken += tl.sum(((value != value) | (value == _INFINITY)).to(tl.int32))
+        tl.store(source + token, -_INFINITY, own)
+    return broken
+
+
+@triton.jit
 def _find_largest(lane, choices, logits, altered, largest, places, vocab, blocks):
     """The largest logit of each block, infinity if one is NaN, and the lowest place that has it."""
     row, block = tl.program_id(0), tl.program_id(1)
-    if row >= tl.load(lane + _CHOOSERS):
+    if not chooses(lane, choices, row):
         return
     source = _source(fields_of(choices, row), logits, altered, row, vocab)
     token = block * _BLOCK + tl.arange(0, _BLOCK)
@@ -239,7 +259,7 @@ def _candidates(fields, source, largest, row, block, vocab, blocks, WIDE: tl.con
 def _count(lane, choices, logits, altered, largest, counts, sums, vocab, blocks, WIDE: tl.constexpr):
     """How many tokens of each block may be drawn, and the sum of its weights that min_p keeps."""
     row, block = tl.program_id(0), tl.program_id(1)
-    if row >= tl.load(lane + _CHOOSERS):
+    if not chooses(lane, choices, row):
         return
     fields = fields_of(choices, row)
     source = _source(fields, logits, altered, row, vocab)
@@ -253,7 +273,7 @@ def _count(lane, choices, logits, altered, largest, counts, sums, vocab, blocks,
 def _gather(lane, choices, logits, altered, largest, counts, weights, ids, vocab, blocks, WIDE: tl.constexpr):
     """The tokens that may be drawn, by their ids, side by side."""
     row, block = tl.program_id(0), tl.program_id(1)
-    if row >= tl.load(lane + _CHOOSERS):
+    if not chooses(lane, choices, row):
         return
     fields = fields_of(choices, row)
     source = _source(fields, logits, altered, row, vocab)
@@ -282,7 +302,7 @@ def _draw(
 ):
     """One program a row: where the filters end, and the draw from what they keep."""
     row = tl.program_id(0)
-    if row >= tl.load(lane + _CHOOSERS):
+    if not chooses(lane, choices, row):
         return
     fields = fields_of(choices, row)
     wide = tl.arange(0, WIDE)
@@ -423,9 +443,9 @@ def _remember(fields, token):
     place = tl.load(fields + _HISTORY)
     if place > 0:
         history, count = fields + place, tl.load(fields + _HISTORY_COUNT)
-        at = tl.arange(0, _BLOCK)
+        at = tl.arange(0, _LISTED)
         own, made = count, tl.full((), 0, tl.int64)
-        for begin in range(0, count, _BLOCK):
+        for begin in range(0, count, _LISTED):
             entry = history + 2 * (begin + at)
             same = (begin + at < count) & (tl.load(entry, begin + at < count, -1) == token)
             own = tl.minimum(own, tl.min(tl.where(same, begin + at, _NO_TOKEN)).to(tl.int64))

@@ -26,8 +26,8 @@ ROW_WORDS = 16
 """The next pass reads COUNT tokens at positions from FIRST on: int32 at INPUTS in the row's first pass, and
 afterwards the one token NEXT that it made. TABLES is the address of its page tables, int32 [groups, CHUNKS].
 CHOICE is the address of how it chooses tokens (kernels/choice_fields.py), 0 if it chooses none. It has MADE
-so many of ROW_STEPS tokens in this grant, and may make REMAINING in all. One of STOP_TOKENS (int32) ends it
-once it has made more than STOPS_AFTER. DONE: it makes no more in this grant."""
+so many of ROW_STEPS tokens in this grant, and may make REMAINING in all. One of the STOP_TOKEN_COUNT int64
+at STOP_TOKENS ends it once it has made more than STOPS_AFTER. DONE: it makes no more in this grant."""
 
 # -- a record of a lane's ring -------------------------------------------------------------------------------
 RECORD_SEQUENCE, RECORD_KIND, RECORD_GRANT, RECORD_ROW, RECORD_TOKEN, RECORD_MADE = range(6)
