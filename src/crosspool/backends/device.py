@@ -13,12 +13,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from crosspool.kernels.triton.tiles import Chip
+
 
 class Event(Protocol):
     """A point in a stream."""
 
     def done(self) -> bool:
         """Whether everything before it has run. Raises DeviceError if the device has failed meanwhile."""
+        ...
+
+    def wait(self) -> None:
+        """Block until it has. Raises DeviceError."""
         ...
 
 
@@ -42,6 +48,16 @@ class Device(Protocol):
     @property
     def physical(self) -> str:
         """Devices that are one chip have the same: they read each other's memory as their own."""
+        ...
+
+    @property
+    def chip(self) -> Chip:
+        """What kernels have to know of it."""
+        ...
+
+    @property
+    def processors(self) -> int:
+        """How many programs it runs side by side at least."""
         ...
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
