@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
@@ -61,7 +62,7 @@ def assert_builds_well(launch: Callable[[], object], target: Target, wide_loads:
 
     ``launch`` calls a launcher with tensors of real sizes on the CPU; nothing is run or read.
     """
-    with recorded() as launches:
+    with recorded() as launches, _on(target):
         launch()
     assert launches, "nothing was launched"
     for one in launches:
@@ -83,6 +84,14 @@ def recorded() -> Iterator[list[Launch]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "run", record)
         yield launches
+
+
+@contextmanager
+def _on(target: Target) -> Iterator[None]:
+    """Launchers see that torch was built for the target's maker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0" if target.backend == "hip" else None)
+        yield
 
 
 def _launch_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:

@@ -84,6 +84,7 @@ class Arena:
     ) -> None:
         """``inside`` is the shape of a token in a page: (2, K, D), or (1, rank + rotary)."""
         generator = torch.Generator().manual_seed(seed)
+        self.contexts = [torch.randn(length, *inside, generator=generator).to(dtype) for length in lengths]
         self.tokens_per_page, self.inside, self.dtype = tokens_per_page, inside, dtype
         chunks = [-(-length // tokens_per_page) for length in lengths]
         ids = torch.randperm(2 * sum(chunks), generator=generator)
@@ -93,13 +94,10 @@ class Arena:
         whole = torch.full((len(ids), self.page_elements), torch.nan, dtype=dtype)
         region = whole[:, self.elements : 2 * self.elements]
         tokens = region.unflatten(1, (inside[0], tokens_per_page, *inside[1:])).transpose(1, 2)
-        self.contexts = []
-        for row, (length, own) in enumerate(zip(lengths, ids[: sum(chunks)].split(chunks), strict=True)):
+        for row, own in enumerate(ids[: sum(chunks)].split(chunks)):
             self.pages[row, 1, : len(own)] = own
-            context = torch.randn(length, *inside, generator=generator).to(dtype)
-            position = torch.arange(length)
-            tokens[own[position // tokens_per_page], position % tokens_per_page] = context
-            self.contexts.append(context)
+            position = torch.arange(lengths[row])
+            tokens[own[position // tokens_per_page], position % tokens_per_page] = self.contexts[row]
         self.whole = on_device(whole)
 
     def forget_outside_window(self, row: int, first: int, window: int) -> None:
