@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.reference import linear as reference
-from crosspool.kernels.triton.linear import LinearRoom, Projection, linear, linear_room
-from crosspool.kernels.triton.tiles import Chip
+from crosspool.kernels.triton.linear import Projection, linear, linear_room
+from crosspool.kernels.triton.tiles import Chip, PartsRoom
 from crosspool.kernels.triton.words import HEAD, LANE_WORDS, OUTPUT, OUTPUT_BIAS, QKV, QUERIES, ROWS
 from helpers_triton import DEVICE
 from helpers_triton_gates import ALL_TARGETS, Target, assert_builds_well, needs_interpreter
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return (values / shape[-1] ** 0.5).to(dtype).to(DEVICE)
 
 
-def room_of(projection: Projection, capacity: int, dtype: torch.dtype) -> LinearRoom:
+def room_of(projection: Projection, capacity: int, dtype: torch.dtype) -> PartsRoom:
     return linear_room([projection], capacity, dtype, CHIP, DEVICE)
 
 

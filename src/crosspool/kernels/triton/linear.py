@@ -20,7 +20,16 @@ from crosspool.kernels.triton.product import (
     weights_at,
 )
 from crosspool.kernels.triton.table import layer_word
-from crosspool.kernels.triton.tiles import Chip, Parts, Tile, is_spread, parts_of, tile_for
+from crosspool.kernels.triton.tiles import (
+    Chip,
+    Parts,
+    PartsRoom,
+    Tile,
+    is_spread,
+    parts_of,
+    parts_room,
+    tile_for,
+)
 from crosspool.kernels.triton.words import QUERIES
 
 _PLAIN: tl.constexpr = tl.constexpr(PLAIN)
@@ -35,13 +44,6 @@ class Projection(NamedTuple):
     word: int
     bias: int | None = None
     of_lane: bool = False
-
-
-class LinearRoom(NamedTuple):
-    """Scratch of one launch at a time: ``parts`` float32, and ``arrivals`` int32, 0 between launches."""
-
-    parts: Tensor
-    arrivals: Tensor
 
 
 class _Plan(NamedTuple):
@@ -61,13 +63,12 @@ def _plan(projection: Projection, capacity: int, dtype: torch.dtype, chip: Chip)
 
 def linear_room(
     projections: Sequence[Projection], capacity: int, dtype: torch.dtype, chip: Chip, device: torch.device
-) -> LinearRoom:
+) -> PartsRoom:
     """Room for any of the projections, of up to ``capacity`` tokens."""
     plans = [(_plan(one, capacity, dtype, chip), one.outputs) for one in projections]
     values = [plan.parts.number * capacity * outputs for plan, outputs in plans if plan.spread]
     sums = [plan.sums for plan, _ in plans if plan.spread]
-    parts = torch.empty(max(values, default=0), dtype=torch.float32, device=device)
-    return LinearRoom(parts, torch.zeros(max(sums, default=0), dtype=torch.int32, device=device))
+    return parts_room(max(values, default=0), max(sums, default=0), device)
 
 
 def linear(
@@ -76,7 +77,7 @@ def linear(
     layer: int,
     x: Tensor,
     out: Tensor,
-    room: LinearRoom,
+    room: PartsRoom,
     chip: Chip,
     *,
     count: int = QUERIES,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 FEW_TOKENS, MOST_TOKENS = 16, 128
 """Tokens of a tile: the fewest that a matrix unit takes, and the most."""
@@ -80,6 +81,20 @@ def parts_of(outputs: int, inputs: int, at_once: int = 1) -> Parts:
     wanted = min(max(PROGRAMS // programs, 1), max(inputs // LEAST_PART, 1))
     length = -(-inputs // (wanted * SCALED)) * SCALED
     return Parts(-(-inputs // length), length)
+
+
+class PartsRoom(NamedTuple):
+    """Scratch of one launch at a time whose parts are spread over programs: ``parts`` float32, and
+    ``arrivals`` int32, which are 0 between launches."""
+
+    parts: Tensor
+    arrivals: Tensor
+
+
+def parts_room(values: int, sums: int, device: torch.device) -> PartsRoom:
+    """Room for so many values of parts, and sums that programs wait for."""
+    parts = torch.empty(values, dtype=torch.float32, device=device)
+    return PartsRoom(parts, torch.zeros(sums, dtype=torch.int32, device=device))
 
 
 def is_spread(parts: Parts, programs: int) -> bool:
