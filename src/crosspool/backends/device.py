@@ -8,12 +8,13 @@ checks the order of everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from crosspool.kernels.triton.tiles import Chip
+if TYPE_CHECKING:
+    from crosspool.kernels.triton.tiles import Chip
 
 
 class Event(Protocol):
@@ -25,6 +26,10 @@ class Event(Protocol):
 
     def wait(self) -> None:
         """Block until it has. Raises DeviceError."""
+        ...
+
+    def since(self, earlier: Event) -> int:
+        """Nanoseconds from an earlier point of a stream of the same device; both are done."""
         ...
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from crosspool.kernels.triton import grant_words, words
 from crosspool.kernels.triton.batch import Pass
 
+_LAYERS = tl.constexpr(words.LAYERS)
 _GRANT, _ROWS, _QUERIES = tl.constexpr(words.GRANT), tl.constexpr(words.ROWS), tl.constexpr(words.QUERIES)
 _STEPS, _MODEL_WORDS = tl.constexpr(words.STEPS), tl.constexpr(words.MODEL_WORDS)
 _GRANT_ROWS, _GRANT_STEPS = tl.constexpr(grant_words.GRANT_ROWS), tl.constexpr(grant_words.GRANT_STEPS)
@@ -42,6 +43,11 @@ class PassRows(NamedTuple):
 def enter(lane: Tensor, grant: int) -> None:
     """The lane runs the grant whose words are at this address from now on."""
     _enter[(1,)](lane, grant, num_warps=1)
+
+
+def lead(lane: Tensor, layers: int) -> None:
+    """On a device that has only FFNs of the model: its layers' words are at this address from now on."""
+    _lead[(1,)](lane, layers, num_warps=1)
 
 
 def begin_pass(batch: Pass, rows: PassRows, most_rows: int) -> None:
@@ -80,6 +86,11 @@ def _enter(lane, grant):
     words = grant.to(tl.pointer_type(tl.int64))
     for word in range(_MODEL_WORDS):
         tl.store(lane + word, tl.load(words + word))
+
+
+@triton.jit(do_not_specialize=["layers"])
+def _lead(lane, layers):
+    tl.store(lane + _LAYERS, layers)
 
 
 @triton.jit

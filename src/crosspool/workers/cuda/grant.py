@@ -22,7 +22,7 @@ from crosspool.core.request import TokenLogprobs
 from crosspool.kernels.choice_fields import STOPS, read_report
 from crosspool.kernels.triton import grant_words as words
 from crosspool.kernels.triton.words import MODEL_WORDS
-from crosspool.workers.cuda.lane import ALIGNMENT
+from crosspool.workers.cuda.room import ALIGNMENT
 from crosspool.workers.grant_rows import check_pages, describe_row_choice
 
 

@@ -1,27 +1,24 @@
-"""A lane: the fixed memory in which one pass at a time runs, on its home and on every weights device.
+"""A lane's arrays on its home: what a pass is about, and what it works in.
 
-What a pass of a geometry works in is carved from the lane's room, always in the same way, so that a graph
-may be recorded over it. Nothing in a room outlives a pass, but for a prompt chunk's, which has its lane to
-itself from its first layer to its last.
+A lane's memory stays where it is, so that graphs can be recorded over it. Nothing outlives a pass but the
+number of records in its words, and a prompt chunk has its lane to itself from its first layer to its last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from crosspool.backends.device import Device
-from crosspool.core.errors import InvariantError
+from crosspool.kernels.triton.batch import Pass
+from crosspool.kernels.triton.choice import ChoiceRoom, blocks_of
 from crosspool.kernels.triton.grant_words import RECORD_WORDS
+from crosspool.kernels.triton.pass_begin import PassRows
 from crosspool.kernels.triton.words import LANE_WORDS
 from crosspool.workers.cuda.geometry import Geometry
-
-ALIGNMENT = 256
-"""Bytes. Of all that begins in device memory."""
+from crosspool.workers.cuda.room import Room
 
 RING_RECORDS = 4096
 
@@ -32,29 +29,6 @@ class Limits:
 
     rows: int
     queries: int
-
-
-@dataclass(frozen=True, slots=True)
-class PassArrays:
-    """What a pass is about, made on the device by its first kernels out of the rows that go on.
-
-    ``words`` int64 [LANE_WORDS]. Of each query: its ``tokens`` and ``positions`` and the row it is of
-    (``row_of``), int32 [queries]. Of each row: where its queries begin (``starts``, [rows + 1]), how many
-    tokens its context has with this pass's (``lengths``), its ``numbers`` in the grant, int32 [rows]; and
-    ``tables`` int32 [rows, groups, most chunks]. ``choosers`` are the last queries of the rows that choose a
-    token, int32 [rows], and ``chosen`` int64 [rows] what they have chosen, or -1.
-    """
-
-    words: Tensor
-    tokens: Tensor
-    positions: Tensor
-    row_of: Tensor
-    starts: Tensor
-    lengths: Tensor
-    numbers: Tensor
-    tables: Tensor
-    choosers: Tensor
-    chosen: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +45,55 @@ class Ring:
         return Ring(records, device.pinned((1,), torch.int64))
 
 
-class Room:
-    """Memory to be carved: each ``take`` gives what comes next."""
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """[T, H] each, in model dtype: the residual ``stream``; what the next half reads (``normed``); what a
+    half has made (``addend``); and of the FFN what each device has made of it, ``outputs`` [parts, T, H]."""
 
-    def __init__(self, memory: Tensor | None) -> None:
-        """``memory`` uint8, or None to learn how much there has to be."""
-        self._memory = memory
-        self.used = 0
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Raises InvariantError if there is too little left."""
-        size = prod(shape) * dtype.itemsize
-        begin, self.used = self.used, self.used + -(-size // ALIGNMENT) * ALIGNMENT
-        if self._memory is None:
-            return torch.empty(*shape, dtype=dtype, device="meta")
-        if self.used > self._memory.numel():
-            raise InvariantError(f"{self.used:,} bytes carved from a room of {self._memory.numel():,}")
-        return self._memory[begin : begin + size].view(dtype).view(*shape)
+    stream: Tensor
+    normed: Tensor
+    addend: Tensor
+    outputs: Tensor
 
 
-def carve_arrays(room: Room, geometry: Geometry, limits: Limits) -> PassArrays:
-    """Comes first in a lane's home room."""
+@dataclass(frozen=True, slots=True)
+class HeadRoom:
+    """``normed`` [R, H] of the last queries, and ``logits`` float32 [R, V]."""
+
+    normed: Tensor
+    logits: Tensor
+    choice: ChoiceRoom
+
+
+def carve_pass(room: Room, geometry: Geometry, limits: Limits) -> tuple[Pass, PassRows]:
+    """Comes first in a lane's room, and its words first of all: their place depends on nothing."""
     rows, queries = limits.rows, limits.queries
     words = room.take((LANE_WORDS,), torch.int64)
-    tokens, positions, row_of = (room.take((queries,), torch.int32) for _ in range(3))
     starts = room.take((rows + 1,), torch.int32)
-    lengths, numbers, choosers = (room.take((rows,), torch.int32) for _ in range(3))
-    chosen = room.take((rows,), torch.int64)
-    tables = room.take((rows, geometry.groups, geometry.most_chunks), torch.int32)
-    return PassArrays(words, tokens, positions, row_of, starts, lengths, numbers, tables, choosers, chosen)
+    firsts, numbers = (room.take((rows,), torch.int32) for _ in range(2))
+    row_of, tokens = (room.take((queries,), torch.int32) for _ in range(2))
+    choices, chosen = (room.take((rows,), torch.int64) for _ in range(2))
+    pages = room.take((rows, geometry.groups, geometry.most_chunks), torch.int32)
+    return Pass(words, starts, firsts, row_of, pages), PassRows(tokens, numbers, choices, chosen)
+
+
+def carve_hidden(room: Room, geometry: Geometry, queries: int, parts: int) -> HiddenStates:
+    shape = (queries, geometry.hidden)
+    stream, normed, addend = (room.take(shape, geometry.dtype) for _ in range(3))
+    return HiddenStates(stream, normed, addend, room.take((parts, *shape), geometry.dtype))
+
+
+def carve_head(room: Room, geometry: Geometry, rows: int) -> HeadRoom:
+    vocab = geometry.spec.vocab_size
+    blocks = blocks_of(vocab)
+    choice = ChoiceRoom(
+        altered=room.take((rows, vocab), torch.float32),
+        largest=room.take((rows, blocks), torch.float32),
+        places=room.take((rows, blocks), torch.int32),
+        sums=room.take((rows, blocks), torch.float64),
+        counts=room.take((rows, blocks), torch.int32),
+        weights=room.take((rows, vocab), torch.float64),
+        ids=room.take((rows, vocab), torch.int32),
+    )
+    normed = room.take((rows, geometry.hidden), geometry.dtype)
+    return HeadRoom(normed, room.take((rows, vocab), torch.float32), choice)

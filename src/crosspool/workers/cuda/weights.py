@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crosspool.backends.device import Device, Event
-from crosspool.workers.cuda.lane import Room
+from crosspool.workers.cuda.room import Room
 
 STAGING_BYTES = 1 << 26
 """Of each of two buffers: while one is copied to the device, the other is filled."""
@@ -28,7 +28,9 @@ class Staging:
         """``target`` becomes what ``source`` is now; both have one shape and dtype, and the target is
         contiguous. Done when ``finish`` returns."""
         if target.shape != source.shape or target.dtype != source.dtype:
-            raise ValueError(f"{source.dtype} {tuple(source.shape)} into {target.dtype} {tuple(target.shape)}")
+            raise ValueError(
+                f"{source.dtype} {tuple(source.shape)} into {target.dtype} {tuple(target.shape)}"
+            )
         flat, step = target.view(-1), len(self._buffers[0]) // target.dtype.itemsize
         rows = source if source.dim() > 0 else source.view(1)
         per_row = max(1, rows[0].numel())

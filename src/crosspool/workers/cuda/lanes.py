@@ -1,0 +1,159 @@
+"""Lanes as the host sees them: what is in their streams, and the passes recorded over them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from crosspool.backends.device import Event
+from crosspool.core.batch import Phase
+from crosspool.kernels.triton.grant_words import RECORD_SEQUENCE
+from crosspool.workers.cuda.attention_side import HomeSurroundings
+from crosspool.workers.cuda.flight import Flight
+from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, bucket
+from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring
+from crosspool.workers.cuda.lane_pass import LanePass, Route, Track, make_pass
+from crosspool.workers.cuda.room import Room
+from crosspool.workers.cuda.sides import Sides
+
+AHEAD = 2
+"""Units that a lane's stream has before the host waits for the first of them to have run."""
+
+
+class Unit(NamedTuple):
+    """Work in a lane's stream, between two events."""
+
+    flight: Flight
+    begin: Event
+    end: Event
+
+
+class Lane:
+    """One lane. ``tracks`` are of the home's team and of all weights teams. Decodes of several grants may
+    take turns in a lane, pass by pass; a prompt chunk has it to itself."""
+
+    def __init__(
+        self, phase: Phase, home: int, tracks: Mapping[int, Track], around: HomeSurroundings, sides: Sides
+    ) -> None:
+        self.phase = phase
+        self.home = home
+        self.bound: set[Flight] = set()
+        self._tracks = tracks
+        self._around = around
+        self._sides = sides
+        self._ring = Ring.on(tracks[home].device)
+        self._read = 0
+        self._passes: dict[tuple[Geometry, Route, Limits], LanePass] = {}
+        self._units: deque[Unit] = deque()
+        self._entered: Flight | None = None
+
+    @property
+    def track(self) -> Track:
+        return self._tracks[self.home]
+
+    @property
+    def has_place(self) -> bool:
+        return len(self._units) < AHEAD
+
+    @property
+    def may_bind(self) -> bool:
+        return self.has_place and (self.phase is Phase.DECODE or not self.bound)
+
+    def prepare(self, geometry: Geometry, route: Route, limits: Limits) -> None:
+        """Make what passes within these limits need, and record a decode's graphs."""
+        rooms = {team: Room(self._tracks[team].memory, self._tracks[team].zeros) for team in route.teams}
+        made = make_pass(
+            geometry,
+            route,
+            limits,
+            self.phase,
+            self._around,
+            self._ring,
+            self._tracks,
+            rooms,
+            self._sides,
+        )
+        self._passes[geometry, route, limits] = made
+        if self.phase is Phase.DECODE:
+            made.record()
+
+    def bind(self, flight: Flight) -> None:
+        """The flight runs here from now on: its words go to the device."""
+        self.bound.add(flight)
+        flight.lane = self
+        self.track.device.copy(self.track.stream, flight.packed.target, flight.packed.source)
+        flight.lane_pass = self._pass_for(flight)
+
+    def put(self, flight: Flight) -> None:
+        """Put the flight's next unit into the streams."""
+        device, stream = self.track.device, self.track.stream
+        begin = device.record(stream)
+        if self._entered is not flight:
+            self._enter(flight)
+        flight.launch()
+        flight.queued += 1
+        self._units.append(Unit(flight, begin, device.record(stream)))
+
+    def units_done(self) -> Iterator[Unit]:
+        """Those that have run since the last call, in order."""
+        while self._units and self._units[0].end.done():
+            yield self._units.popleft()
+
+    def release(self, flight: Flight) -> None:
+        """Nothing of the flight is in the streams, nor will be."""
+        self.bound.discard(flight)
+        if self._entered is flight:
+            self._entered = None
+
+    def records(self) -> list[list[int]]:
+        """What the device has written since the last call, in order.
+
+        A lane has AHEAD units in its stream at most, so it never writes what has not been read.
+        """
+        written = int(self._ring.written.item())
+        if written == self._read:
+            return []
+        fresh = []
+        for sequence in range(self._read + 1, written + 1):
+            words = self._ring.records[(sequence - 1) % RING_RECORDS].tolist()
+            assert words[RECORD_SEQUENCE] == sequence
+            fresh.append(words)
+        self._read = written
+        return fresh
+
+    def _enter(self, flight: Flight) -> None:
+        lane_pass, sides = flight.lane_pass, self._sides
+        assert lane_pass is not None
+        lane = lane_pass.attention_side.lane
+        self.track.device.run(self.track.stream, lambda: sides.enter(lane, flight.packed.address))
+        for team, remote in lane_pass.remotes.items():
+            layers = flight.model.lane_words(team)[0]
+            remote.track.device.run(
+                remote.track.stream, lambda words=remote.words, at=layers: sides.lead(words, at)
+            )
+        self._entered = flight
+
+    def _pass_for(self, flight: Flight) -> LanePass:
+        """The smallest that was prepared for so many rows and queries."""
+        limits = limits_for(
+            self.phase, len(flight.grant.rows), sum(len(row.tokens) for row in flight.grant.rows)
+        )
+        found = [
+            (key[2], lane_pass)
+            for key, lane_pass in self._passes.items()
+            if key[:2] == (flight.model.geometry, flight.route)
+        ]
+        fitting = [
+            (own.queries, own.rows, lane_pass)
+            for own, lane_pass in found
+            if own.rows >= limits.rows and own.queries >= limits.queries
+        ]
+        return min(fitting, key=lambda entry: entry[:2])[2]
+
+
+def limits_for(phase: Phase, rows: int, queries: int) -> Limits:
+    """What a pass is launched for that has so many rows and queries."""
+    if phase is Phase.DECODE:
+        return Limits(bucket(rows), bucket(rows))
+    return Limits(bucket(rows), bucket(queries, LEAST_QUERIES))
