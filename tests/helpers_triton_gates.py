@@ -88,9 +88,12 @@ def recorded() -> Iterator[list[Launch]]:
 
 @contextmanager
 def _on(target: Target) -> Iterator[None]:
-    """Launchers see that torch was built for the target's maker."""
+    """Launchers see the target as torch would show it."""
+    amd = target.backend == "hip"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.version, "hip", "7.0" if target.backend == "hip" else None)
+        patch.setattr(torch.version, "hip", "7.0" if amd else None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4) if amd else divmod(target.arch, 10))
         yield
 
 

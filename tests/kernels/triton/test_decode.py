@@ -13,6 +13,7 @@ from helpers_triton import DEVICE
 from helpers_triton_attention import GQA_SHAPES, MLA_SHAPES, TOLERANCE, Rows
 from helpers_triton_gates import Target, assert_builds_well, needs_interpreter, on_targets
 from helpers_triton_lanes import Arena, ModelWords, lane_of
+from helpers_triton_models import DEEPSEEK_V2_LITE, QWEN3_30B_A3B
 
 pytestmark = pytest.mark.backend
 
@@ -94,13 +95,6 @@ def test_a_context_on_several_devices(name: str) -> None:
     rows.assert_near(out)
 
 
-QWEN3 = AttentionShape(32, 4, 128, 0, 128**-0.5)
-"""Qwen3-30B-A3B."""
-
-DEEPSEEK = AttentionShape(16, 1, 512, 64, 192**-0.5)
-"""DeepSeek-V2-Lite."""
-
-
 def launch(shape: AttentionShape) -> None:
     inside = (1, shape.key_width) if shape.rotary else (2, shape.kv_heads, shape.width)
     arena = Arena([1] * 8, inside, 23, torch.bfloat16)
@@ -112,6 +106,8 @@ def launch(shape: AttentionShape) -> None:
 
 
 @needs_interpreter
-@on_targets({"qwen3-30b-a3b": lambda: launch(QWEN3), "deepseek-v2-lite": lambda: launch(DEEPSEEK)})
+@on_targets(
+    {"qwen3-30b-a3b": lambda: launch(QWEN3_30B_A3B), "deepseek-v2-lite": lambda: launch(DEEPSEEK_V2_LITE)}
+)
 def test_gates(launch: object, target: Target) -> None:
     assert_builds_well(launch, target)

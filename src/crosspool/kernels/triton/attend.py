@@ -58,7 +58,8 @@ def shape_arguments(shape: AttentionShape) -> dict[str, int | float]:
 def tile_of(shape: AttentionShape, query: Tensor) -> int:
     """Positions of a tile: so many that its keys have 16 KiB, or a latent's 32; 16 to 64."""
     room = (32 if shape.rotary else 16) * 1024
-    return min(max(room // (triton.next_power_of_2(shape.width) * query.itemsize), 16), 64)
+    width: int = triton.next_power_of_2(shape.width)
+    return min(max(room // (width * query.itemsize), 16), 64)
 
 
 @triton.jit

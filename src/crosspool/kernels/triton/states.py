@@ -49,9 +49,10 @@ class States(NamedTuple):
         return self.sums.shape[2]
 
 
-def merge_states(batch: Pass, states: States, window: int, attended: Tensor) -> None:
-    """The results of all queries to ``attended`` [T, N, width] in model dtype: what they see of positions in
-    the blocks of all parts. Nothing is written for a row that does not live."""
+def merge_states(batch: Pass, states: States, window: int | None, attended: Tensor) -> None:
+    """The results of all queries to ``attended`` [T, N, width] in model dtype, from the states of all parts:
+    of the blocks that a query sees with this window, or with None of one block, which is all that it sees
+    (prefill.attend_part). Nothing is written for a row that does not live."""
     parts, queries, blocks, heads, width = states.sums.shape
     _merge[(batch.most_queries, heads)](
         batch.lane,
@@ -123,8 +124,11 @@ def _merge(
     position = position_of(starts, firsts, tl.load(row_of + query), query)
     if position < 0:
         return
-    first = first_seen(position, window) // _BLOCK * PARTS
-    end = (position // _BLOCK + 1) * PARTS
+    if window is None:
+        first, end = 0, PARTS
+    else:
+        first = first_seen(position, window) // _BLOCK * PARTS
+        end = (position // _BLOCK + 1) * PARTS
     at = tl.arange(0, WIDTH_BLOCK)[None, :]
     best, total, merged = nothing_yet(1, WIDTH_BLOCK)
     for begin in tl.range(first // AT_ONCE * AT_ONCE, end, AT_ONCE):
