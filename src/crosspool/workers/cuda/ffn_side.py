@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crosspool.core.spec import FfnSpec
+from crosspool.core.spec import FfnSpec, RouterSpec
 from crosspool.kernels.triton.ffn import ffn
 from crosspool.kernels.triton.ffn_plan import FfnGeometry, FfnPlan, ffn_room, plan_ffn
 from crosspool.kernels.triton.router import Routing
@@ -42,11 +42,16 @@ def ffn_geometry(spec: FfnSpec, hidden: int, part: int, parts: int) -> FfnGeomet
     """Of one device's part of an FFN."""
 
     def width(whole: int) -> int:
-        own = part_of(whole, part, parts)
-        return own.stop - own.start
+        return len(range(whole)[part_of(whole, part, parts)])
 
-    router = spec.router
-    routing = router and Routing(
+    routing = None if spec.router is None else routing_of(spec.router)
+    return FfnGeometry(
+        hidden, width(spec.intermediate), spec.activation, routing, width(spec.shared_intermediate)
+    )
+
+
+def routing_of(router: RouterSpec) -> Routing:
+    return Routing(
         router.num_experts,
         router.top_k,
         router.scoring.value,
@@ -56,7 +61,4 @@ def ffn_geometry(spec: FfnSpec, hidden: int, part: int, parts: int) -> FfnGeomet
         router.top_groups,
         router.group_score.value,
         router.selection_bias,
-    )
-    return FfnGeometry(
-        hidden, width(spec.intermediate), spec.activation, routing, width(spec.shared_intermediate)
     )

@@ -70,11 +70,11 @@ class GrantMemory:
 
 
 class PackedGrant:
-    """One grant, laid out in its span of host memory. ``number`` says in records whose they are, and
-    ``model`` is MODEL_WORDS words."""
+    """One grant, laid out in its span of host memory. Records say by its id whose they are, ``model`` is
+    MODEL_WORDS words, and the arena begins with page ``first_page``."""
 
     def __init__(
-        self, grant: Grant, number: int, model: Sequence[int], layout: KvLayout, memory: GrantMemory
+        self, grant: Grant, model: Sequence[int], layout: KvLayout, memory: GrantMemory, first_page: int = 0
     ) -> None:
         for row in grant.rows:
             check_pages(row, layout)
@@ -82,7 +82,7 @@ class PackedGrant:
             None if row.choice is None else describe_row_choice(row.choice, row.steps) for row in grant.rows
         ]
         self.span = memory.take(self._bytes(grant))
-        self._memory = memory
+        self._memory, self._first_page = memory, first_page
         self._numbers = {row.request: number for number, row in enumerate(grant.rows)}
         self._place = self.span.begin
         self._choice_words: list[np.ndarray | None] = []
@@ -92,7 +92,7 @@ class PackedGrant:
         header[:] = 0
         header[:MODEL_WORDS] = model
         header[words.GRANT_ROWS], header[words.GRANT_STEPS] = len(grant.rows), grant.steps
-        header[words.NUMBER], header[words.FLAGS] = number, flags_at + memory.mirror
+        header[words.NUMBER], header[words.FLAGS] = grant.id, flags_at + memory.mirror
         for own, row, choice in zip(
             rows.reshape(-1, words.ROW_WORDS), grant.rows, self._choices, strict=True
         ):
@@ -131,7 +131,8 @@ class PackedGrant:
         own[words.FIRST], own[words.COUNT], own[words.ROW_STEPS] = row.start, len(row.tokens), row.steps
         own[words.INPUTS] = self._fill(row.tokens, np.int32)[1]
         own[words.CHUNKS] = len(row.pages[0])
-        own[words.TABLES] = self._fill(list(chain.from_iterable(row.pages)), np.int32)[1]
+        pages = np.fromiter(chain.from_iterable(row.pages), np.int32)
+        own[words.TABLES] = self._fill(np.where(pages < 0, pages, pages - self._first_page), np.int32)[1]
         if row.choice is None or choice is None:
             self._choice_words.append(None)
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The FFN side of a pass on a device that is not its home: the lane's ``words`` there, [T, H] of ``input``
-    and ``output``, and what computes."""
+    """The FFN side of a pass on a device that is not its home: the lane's ``words`` there, ``input`` and
+    ``output`` [T, H], and what computes."""
 
     track: Track
     words: Tensor
@@ -96,14 +97,14 @@ class LanePass:
         """The attention half of a layer; that of the first begins the pass."""
         if layer == 0:
             self._told.clear()
-        self._launch(self.home, ("attention", layer), lambda: self._attention(layer))
+        self._launch(self.home, ("attention", layer), partial(self._attention, layer))
 
     def ffn(self, layer: int) -> None:
         """The FFN half of a layer, on all devices that have a part of it."""
         done: Event | None = None
         for part, team in enumerate(self.route.ffns[layer]):
             if team == self.route.home:
-                self._launch(self.home, ("ffn", layer), lambda part=part: self._ffn(layer, part))
+                self._launch(self.home, ("ffn", layer), partial(self._ffn, layer, part))
                 continue
             if done is None:
                 done = self.home.device.record(self.home.stream)
@@ -123,19 +124,14 @@ class LanePass:
             self._record(self.home, ("pass",), self._everything)
             return
         for layer in layers:
-            self._record(self.home, ("attention", layer), lambda layer=layer: self._attention(layer))
+            self._record(self.home, ("attention", layer), partial(self._attention, layer))
             for part, team in enumerate(self.route.ffns[layer]):
                 if team == self.route.home:
-                    self._record(
-                        self.home, ("ffn", layer), lambda layer=layer, part=part: self._ffn(layer, part)
-                    )
+                    self._record(self.home, ("ffn", layer), partial(self._ffn, layer, part))
                     continue
                 remote = self.remotes[team]
-                self._record(
-                    remote.track,
-                    ("ffn", layer, team),
-                    lambda layer=layer, remote=remote: remote.side.ffn(layer, remote.input, remote.output),
-                )
+                launches = partial(remote.side.ffn, layer, remote.input, remote.output)
+                self._record(remote.track, ("ffn", layer, team), launches)
         self._record(self.home, ("head",), self.attention_side.head)
 
     def _ffn_elsewhere(self, layer: int, part: int, team: int, done: Event) -> None:
@@ -148,7 +144,7 @@ class LanePass:
             device.copy(stream, remote.words[sizes], self.attention_side.lane[sizes])
         device.copy(stream, remote.input, hidden.normed)
         key = ("ffn", layer, team)
-        self._launch(remote.track, key, lambda: remote.side.ffn(layer, remote.input, remote.output))
+        self._launch(remote.track, key, partial(remote.side.ffn, layer, remote.input, remote.output))
         device.copy(stream, hidden.outputs[part], remote.output)
         self.home.device.wait(self.home.stream, device.record(stream))
 

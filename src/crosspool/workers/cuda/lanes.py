@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from crosspool.backends.device import Event
@@ -86,14 +87,25 @@ class Lane:
         flight.lane_pass = self._pass_for(flight)
 
     def put(self, flight: Flight) -> None:
-        """Put the flight's next unit into the streams."""
+        """Put the flight's next unit into the streams. If that fails, what is there already still counts."""
         device, stream = self.track.device, self.track.stream
         begin = device.record(stream)
-        if self._entered is not flight:
-            self._enter(flight)
-        flight.launch()
-        flight.queued += 1
-        self._units.append(Unit(flight, begin, device.record(stream)))
+        try:
+            if self._entered is not flight:
+                self._enter(flight)
+            flight.launch()
+        except BaseException:
+            self._join()
+            raise
+        finally:
+            flight.queued += 1
+            self._units.append(Unit(flight, begin, device.record(stream)))
+
+    def _join(self) -> None:
+        """What comes into the home's stream waits for all others."""
+        for team, track in self._tracks.items():
+            if team != self.home:
+                self.track.device.wait(self.track.stream, track.device.record(track.stream))
 
     def units_done(self) -> Iterator[Unit]:
         """Those that have run since the last call, in order."""
@@ -126,12 +138,10 @@ class Lane:
         lane_pass, sides = flight.lane_pass, self._sides
         assert lane_pass is not None
         lane = lane_pass.attention_side.lane
-        self.track.device.run(self.track.stream, lambda: sides.enter(lane, flight.packed.address))
+        self.track.device.run(self.track.stream, partial(sides.enter, lane, flight.packed.address))
         for team, remote in lane_pass.remotes.items():
             layers = flight.model.lane_words(team)[0]
-            remote.track.device.run(
-                remote.track.stream, lambda words=remote.words, at=layers: sides.lead(words, at)
-            )
+            remote.track.device.run(remote.track.stream, partial(sides.lead, remote.words, layers))
         self._entered = flight
 
     def _pass_for(self, flight: Flight) -> LanePass:

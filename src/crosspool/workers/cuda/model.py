@@ -129,10 +129,12 @@ def _attention_words(own: AttentionLayerWeights, arena: WeightsArena) -> Words:
             }
         case MlaWeights() as mla:
             down = [mla.latent] if mla.query_down is None else [mla.query_down, mla.latent]
-            biases = (mla.latent_bias,) if mla.query_down is None else (mla.query_down_bias, mla.latent_bias)
+            own_biases = (
+                (mla.latent_bias,) if mla.query_down is None else (mla.query_down_bias, mla.latent_bias)
+            )
             return norms | {
                 words.DOWN: arena.stack(down),
-                words.DOWN_BIAS: arena.stack(_all_of(biases)) if any_of(biases) else None,
+                words.DOWN_BIAS: arena.stack(_all_of(own_biases)) if any_of(own_biases) else None,
                 words.QUERY_NORM: put(mla.query_norm),
                 words.LATENT_NORM: arena.put(mla.latent_norm),
                 words.QUERY: arena.put(mla.query),

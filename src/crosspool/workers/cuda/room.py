@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ ALIGNMENT = 256
 META = torch.device("meta")
 """Where tensors have a shape and a type and no memory."""
 
-T = TypeVar("T", bound=tuple[object, ...])
+T = TypeVar("T", bound=tuple[Any, ...])
 
 
 class Room:
@@ -42,10 +42,9 @@ class Room:
         return self._memory[begin : begin + size].view(dtype).view(*shape)
 
     def like(self, pattern: T) -> T:
-        """Tensors as in a tuple of tensors, and of such tuples, on META. A field ``arrivals`` is zeros."""
-        names = getattr(pattern, "_fields", [""] * len(pattern))
-        taken = [self._like(name, value) for name, value in zip(names, pattern, strict=True)]
-        return cast(T, type(pattern)(*taken))
+        """Tensors as in a named tuple of tensors, and of such tuples. A field ``arrivals`` is zeros."""
+        names: tuple[str, ...] = getattr(pattern, "_fields", ())
+        return type(pattern)(*(self._like(name, getattr(pattern, name)) for name in names))
 
     def overlaid(self, patterns: Sequence[T]) -> list[T]:
         """Tensors like each pattern, all in the same memory: only one of them is in use at a time."""
@@ -57,7 +56,7 @@ class Room:
         self.used = end
         return taken
 
-    def _like(self, name: str, value: object) -> object:
+    def _like(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._zero(value) if name == "arrivals" else self.take(value.shape, value.dtype)
         return self.like(value) if isinstance(value, tuple) else value
