@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def check_blocks(blocks: list[tuple[int, int, int]], chosen: Tensor, room: Pairs
     assert places == list(range(chosen.numel()))
     for expert, begin, end in blocks:
         assert set(chosen.flatten()[room.order[begin:end].long()].tolist()) == {expert}
-    for (expert, begin, end), following in zip(blocks, blocks[1:], strict=False):
+    for (expert, begin, end), following in pairwise(blocks):
         assert end - begin == tokens or following[0] != expert
         assert 0 < end - begin <= tokens
 

@@ -20,10 +20,12 @@ _NONE: tl.constexpr = tl.constexpr(-(2**63))
 def scores_of(logits, exists, SIGMOID: tl.constexpr):
     """float32 [tokens, columns] -> likewise, 0 in empty columns."""
     if SIGMOID:
-        return tl.where(exists, 1 / (1 + tl.exp(-logits)), 0.0)
-    highest = tl.max(tl.where(exists, logits, float("-inf")), 1)
-    parts = tl.where(exists, tl.exp(logits - highest[:, None]), 0.0)
-    return parts / tl.sum(parts, 1)[:, None]
+        scores = tl.where(exists, 1 / (1 + tl.exp(-logits)), 0.0)
+    else:
+        highest = tl.max(tl.where(exists, logits, float("-inf")), 1)
+        shares = tl.where(exists, tl.exp(logits - highest[:, None]), 0.0)
+        scores = shares / tl.sum(shares, 1)[:, None]
+    return scores
 
 
 @triton.jit

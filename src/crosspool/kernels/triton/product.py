@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.table import layer_word
 from crosspool.kernels.triton.tiles import SCALED
 
 PLAIN, FLOAT8, FLOAT8_BITS = range(3)
@@ -26,6 +27,22 @@ def weights_at(address, STORED: tl.constexpr, DTYPE: tl.constexpr):
     else:
         pointer = address.to(tl.pointer_type(tl.uint8))
     return tl.multiple_of(pointer, 16)
+
+
+@triton.jit
+def scales_at(lane, layer, WORD: tl.constexpr, STORED: tl.constexpr):
+    """The scales at a word of a layer; of weights that have none, a pointer that is not read."""
+    if STORED == _PLAIN:
+        pointer = lane.to(tl.pointer_type(tl.float32), bitcast=True)
+    else:
+        pointer = layer_word(lane, layer, WORD).to(tl.pointer_type(tl.float32))
+    return pointer
+
+
+@triton.jit
+def expert_at(matrices, expert, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a matrix [ROWS, COLUMNS] of several begins."""
+    return matrices + expert.to(tl.int64) * (ROWS * COLUMNS)
 
 
 @triton.jit
@@ -83,11 +100,14 @@ def multiply(
 def _widen(values, STORED: tl.constexpr, DTYPE: tl.constexpr):
     """Numbers in e4m3 in model dtype, which has all of them."""
     if STORED == _FLOAT8:
-        return values.to(DTYPE)
-    # Exponent and fraction where float32 has them give 2^-120 times the number, subnormal or not.
-    bits = values.to(tl.uint32)
-    size = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return (size.to(tl.uint32, bitcast=True) | (bits & 0x80) << 24).to(tl.float32, bitcast=True).to(DTYPE)
+        wide = values.to(DTYPE)
+    else:
+        # Exponent and fraction where float32 has them give 2^-120 times the number, subnormal or not.
+        bits = values.to(tl.uint32)
+        size = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        signed = size.to(tl.uint32, bitcast=True) | (bits & 0x80) << 24
+        wide = signed.to(tl.float32, bitcast=True).to(DTYPE)
+    return wide
 
 
 @triton.jit

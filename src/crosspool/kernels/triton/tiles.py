@@ -58,14 +58,15 @@ class Tile(NamedTuple):
 
 def tile_for(tokens: int, dtype: torch.dtype, chip: Chip, float8: bool = False) -> Tile:
     """The tile for up to about ``tokens`` tokens in ``dtype`` that meet the same weights."""
-    wide = min(max(triton.next_power_of_2(tokens), FEW_TOKENS), MOST_TOKENS)
+    most = MOST_TOKENS // 2 if float8 else MOST_TOKENS  # Scaled sums take twice the registers.
+    wide = min(max(triton.next_power_of_2(tokens), FEW_TOKENS), most)
     few = wide <= 2 * FEW_TOKENS
     outputs, warps = (FEW_OUTPUTS, 4) if few else (MANY_OUTPUTS, 8)
     step = SCALED if few or float8 else SCALED // 2
     if dtype.itemsize > 2:
         step = SCALED // 4
     stage = step * (outputs * (1 if float8 else dtype.itemsize) + wide * dtype.itemsize)
-    return Tile(outputs, wide, step, warps, min(max(chip.shared_bytes // 2 // stage, 2), 4))
+    return Tile(outputs, wide, step, warps, min(max(chip.shared_bytes // 2 // stage, 2), 6 if float8 else 4))
 
 
 class Parts(NamedTuple):
@@ -77,10 +78,10 @@ class Parts(NamedTuple):
 
 def parts_of(outputs: int, inputs: int, at_once: int = 1) -> Parts:
     """How the sums of a product are cut where ``at_once`` such products of one token run together."""
-    programs = at_once * -(-outputs // FEW_OUTPUTS)
+    programs = max(at_once, 1) * triton.cdiv(outputs, FEW_OUTPUTS)
     wanted = min(max(PROGRAMS // programs, 1), max(inputs // LEAST_PART, 1))
-    length = -(-inputs // (wanted * SCALED)) * SCALED
-    return Parts(-(-inputs // length), length)
+    length = max(triton.cdiv(inputs, wanted * SCALED), 1) * SCALED
+    return Parts(triton.cdiv(inputs, length), length)
 
 
 class PartsRoom(NamedTuple):
