@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @dataclass(eq=False, slots=True)
 class Flight:
     """``put`` units are in the lane's stream, of which ``queued`` may not have run yet. ``over``: the device
-    has said that nothing more will come of it. ``failed``: not everything could be launched.
+    has said that nothing more will come of it. ``error``: why the grant fails.
 
-    ``start_by`` and ``passed`` as in core/pick.py, of the next unit. ``ends`` is when the last layer task of a
-    chunk is expected to end. ``spans`` are measured times of units.
+    ``start_by`` and ``passed`` as in core/pick.py, of the next unit. ``ends`` is when the last layer task of
+    a chunk is expected to end. ``spans`` are measured times of units.
     """
 
     grant: Grant

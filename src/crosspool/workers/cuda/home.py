@@ -12,7 +12,7 @@ from crosspool.backends.device import Device
 from crosspool.core.batch import Phase
 from crosspool.core.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from crosspool.kernels.choice_fields import CHOICE_WORDS, report_words
-from crosspool.workers.cuda.attention_side import HomeSurroundings
+from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, buckets
 from crosspool.workers.cuda.grant import GrantMemory, most_grant_bytes
 from crosspool.workers.cuda.lane import Limits, Ring

@@ -17,7 +17,7 @@ from torch import Tensor
 from crosspool.backends.device import Device, Event, Graph, Stream
 from crosspool.core.batch import Phase
 from crosspool.kernels.triton.words import LANE_WORDS, QUERIES, ROWS
-from crosspool.workers.cuda.attention_side import HomeSurroundings
+from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import Limits, Ring
 from crosspool.workers.cuda.room import Room

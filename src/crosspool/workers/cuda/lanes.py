@@ -10,7 +10,7 @@ from typing import NamedTuple
 from crosspool.backends.device import Event
 from crosspool.core.batch import Phase
 from crosspool.kernels.triton.grant_words import RECORD_SEQUENCE
-from crosspool.workers.cuda.attention_side import HomeSurroundings
+from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, bucket
 from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring

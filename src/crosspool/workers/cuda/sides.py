@@ -9,7 +9,8 @@ from torch import Tensor
 from crosspool.core.batch import Phase
 from crosspool.kernels.triton.pass_begin import enter, lead
 from crosspool.kernels.triton.tiles import Chip
-from crosspool.workers.cuda.attention_side import AttentionSidePass, HomeSurroundings
+from crosspool.workers.cuda.attention import HomeSurroundings
+from crosspool.workers.cuda.attention_side import AttentionSidePass
 from crosspool.workers.cuda.ffn_side import FfnSidePass
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import HiddenStates, Limits, Ring
