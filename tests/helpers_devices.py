@@ -3,6 +3,7 @@ of launches with the arguments that they had when it was recorded."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +29,17 @@ def aligned_bytes(size: int) -> Tensor:
 class Past:
     """An event of a device that is never behind."""
 
+    def __init__(self) -> None:
+        self.time = time.monotonic_ns()
+
     def done(self) -> bool:
         return True
+
+    def wait(self) -> None:
+        pass
+
+    def since(self, earlier: Past) -> int:
+        return self.time - earlier.time
 
 
 @dataclass
