@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.topology import Topology
 from crosspool.workers.clock import MonotonicClock
-from crosspool.workers.cuda.executor import CudaExecutor, route_of
-from crosspool.workers.cuda.home import GrantLimits, Home, LanesOf
+from crosspool.workers.cuda.executor import CudaExecutor
+from crosspool.workers.cuda.feeder import Feeder, route_of
+from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan
 from crosspool.workers.cuda.model import DeviceModel, FfnPlace
-from crosspool.workers.cuda.sides import TritonSides
 from crosspool.workers.cuda.weights import WeightsArena
 from helpers_devices import InterpretedDevice
 from helpers_workers import Rig, TinyModel
@@ -46,25 +46,19 @@ class CudaRig(Rig):
         self.devices = [InterpretedDevice(name) for name in topology.teams]
         home = KvDevice(0)
         models = device_models(list(self.models), topology, self.devices, home)
-        self.runs = {
-            (model.geometry, route_of(topology, home, model.geometry.num_layers))
+        keys = {
+            (model.geometry, route_of(topology, home, model.geometry.num_layers)): model
             for model in models.values()
         }
-        homes = [
-            Home(
-                topology.attention_team(device),
-                self.devices,
-                self.arena[list(self.places.pages_of(device))[0] :][: len(self.places.pages_of(device))],
-                self.places.starts[device],
-                self.runs if device == home else (),
-                LIMITS,
-                LanesOf(),
-                TritonSides(),
-                topology.ffn_parts,
-            )
-            for device in self.places.devices
-        ]
-        return CudaExecutor(topology, self.devices, homes, models, LIMITS, MonotonicClock(), pause=1e-3)
+        homes = []
+        for device in self.places.devices:
+            own = keys if device == home else {}
+            team, pages = topology.attention_team(device), self.places.pages_of(device)
+            plan = HomePlan(team, self.devices, own.keys(), LIMITS, topology.ffn_parts)
+            arena = self.arena[pages.start : pages.stop]
+            homes.append(Home(plan, arena, pages.start, own))
+        feeder = Feeder(topology, homes, models, LIMITS, MonotonicClock())
+        return CudaExecutor(feeder, self.devices, pause=1e-3)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ checks the order of everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +28,16 @@ class Event(Protocol):
         """Block until it has. Raises DeviceError."""
         ...
 
-    def since(self, earlier: Event) -> int:
+    def since(self, earlier: Any) -> int:
         """Nanoseconds from an earlier point of a stream of the same device; both are done."""
         ...
 
 
-class Stream(Protocol):
-    """An order of work of one device. Streams of a device run beside each other."""
+Stream = Any
+"""An order of work of one device. Streams of a device run beside each other."""
 
-
-class Graph(Protocol):
-    """Launches recorded once, to be put into a stream together."""
+Graph = Any
+"""Launches recorded once, to be put into a stream together."""
 
 
 class Device(Protocol):
@@ -89,7 +88,7 @@ class Device(Protocol):
         """The point that the stream has reached when everything put into it until now has run."""
         ...
 
-    def wait(self, stream: Stream, event: Event) -> None:
+    def wait(self, stream: Stream, event: Any) -> None:
         """What is put into the stream from now on runs after an event, of whichever device."""
         ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosspool.backends.base import Backend, WeightsArena
 from crosspool.build.pool_plan import PoolPlan
-from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
+from crosspool.core.config import EngineConfig, WeightsMemory
 from crosspool.core.ids import ModelIndex
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
@@ -51,23 +51,20 @@ class Workers(Protocol):
         """Forget whatever was put of a model."""
         ...
 
-    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
-        """``arena`` has the pages of all KV devices, as the plan says."""
+    def start(self, compiling: Compiling) -> Executor:
+        """Everything has been put."""
         ...
 
 
-def make_workers(config: EngineConfig, backends: Sequence[Backend], plan: PoolPlan) -> Workers:
-    """``backends`` in the order of the topology's teams."""
-    if config.kernels is Kernels.REFERENCE:
-        return ReferenceWorkers(config.topology, backends, plan)
-    return CompiledWorkers(config, backends, plan)
-
-
 class CompiledWorkers:
-    """For compiled kernels: descriptors of every model, and resident teams."""
+    """For compiled kernels: descriptors of every model, and resident teams. ``arena`` has the pages of all KV
+    devices, as the plan says."""
 
-    def __init__(self, config: EngineConfig, backends: Sequence[Backend], plan: PoolPlan) -> None:
+    def __init__(
+        self, config: EngineConfig, backends: Sequence[Backend], plan: PoolPlan, arena: Tensor
+    ) -> None:
         self._config = config
+        self._arena = arena
         self._plan = plan
         self._backends = backends
         self._models: dict[ModelIndex, ResidentModel] = {}
@@ -107,12 +104,12 @@ class CompiledWorkers:
         self._models.pop(model, None)
         self._arenas = {key: arena for key, arena in self._arenas.items() if key[0] != model}
 
-    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
+    def start(self, compiling: Compiling) -> Executor:
         limits = self._config.scheduler
         return ResidentExecutor(
             self._config.topology,
             self._backends,
-            arena,
+            self._arena,
             self._plan.places,
             self._models,
             most_tokens=max(limits.max_chunk_tokens, limits.max_batch_rows),
@@ -141,8 +138,11 @@ def _threads_of(backend: Backend) -> Iterator[ThreadPoolExecutor]:
 class ReferenceWorkers:
     """For the reference kernels: plain torch, one thread a team, and Python between all layer tasks."""
 
-    def __init__(self, topology: Topology, backends: Sequence[Backend], plan: PoolPlan) -> None:
+    def __init__(
+        self, topology: Topology, backends: Sequence[Backend], plan: PoolPlan, arena: Tensor
+    ) -> None:
         self._topology = topology
+        self._arena = arena
         self._plan = plan
         self._backends = backends
         self._specs: dict[ModelIndex, ModelSpec] = {}
@@ -176,12 +176,12 @@ class ReferenceWorkers:
         for table in self._tables:
             table.remove(model)
 
-    def start(self, arena: Tensor, compiling: Compiling) -> Executor:
+    def start(self, compiling: Compiling) -> Executor:
         layers: Mapping[ModelIndex, int] = {model: spec.num_layers for model, spec in self._specs.items()}
         return ThreadedExecutor(
             self._topology,
             self._backends,
-            [AttentionWorker(sides, arena) for sides in self._sides],
+            [AttentionWorker(sides, self._arena) for sides in self._sides],
             [FfnWorker(table) for table in self._tables],
             layers,
             MonotonicClock(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from triton.runtime import driver
 
 AMD, AMPERE, HOPPER, BLACKWELL = 0, 8, 9, 10
 
@@ -13,6 +14,11 @@ def generation() -> int:
     if torch.version.hip is not None:
         return AMD
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else HOPPER
+
+
+def shared_bytes(device: int) -> int:
+    """Shared memory that one program can have on a GPU."""
+    return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def stages(nvidia: int, amd: int = 2) -> int:

@@ -7,7 +7,7 @@ Its work is put into its lane's streams unit by unit: a decode's passes, or the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from crosspool.core.batch import Grant, Phase
 from crosspool.core.ids import Nanoseconds, RequestId
@@ -15,8 +15,26 @@ from crosspool.workers.cuda.grant import PackedGrant
 from crosspool.workers.cuda.lane_pass import LanePass, Route
 from crosspool.workers.cuda.model import DeviceModel
 
-if TYPE_CHECKING:
-    from crosspool.workers.cuda.lanes import Lane
+
+class FlightLane(Protocol):
+    """The lane that a flight runs in (lanes.py)."""
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it takes a unit now."""
+        ...
+
+    def bind(self, flight: Flight) -> None:
+        """The flight runs here from now on."""
+        ...
+
+    def put(self, flight: Flight) -> None:
+        """Put the flight's next unit into its streams."""
+        ...
+
+    def release(self, flight: Flight) -> None:
+        """Nothing of the flight is in its streams, nor will be."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +51,7 @@ class Flight:
     model: DeviceModel
     route: Route
     start_by: int
-    lane: Lane | None = None
+    lane: FlightLane | None = None
     lane_pass: LanePass | None = None
     put: int = 0
     queued: int = 0

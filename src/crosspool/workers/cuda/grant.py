@@ -69,6 +69,19 @@ class GrantMemory:
         self._free = joined
 
 
+def put_idle_grant(memory: GrantMemory, model: Sequence[int]) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """A grant that is over, for launches that are to compute nothing. Returns its address, and what is to be
+    copied where."""
+    span = memory.take(8 * (words.GRANT_WORDS + 1))
+    host = memory.host[span.begin : sum(span)]
+    header = host.numpy().view(np.int64)
+    header[:] = 0
+    header[:MODEL_WORDS], header[words.GRANT_OVER] = model, 1
+    header[words.FLAGS] = host.data_ptr() + 8 * words.GRANT_WORDS
+    target = memory.device[span.begin : sum(span)]
+    return target.data_ptr(), target, host
+
+
 class PackedGrant:
     """One grant, laid out in its span of host memory. Records say by its id whose they are, ``model`` is
     MODEL_WORDS words, and the arena begins with page ``first_page``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, bucket
 from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring
 from crosspool.workers.cuda.lane_pass import LanePass, Route, Track, make_pass
+from crosspool.workers.cuda.model import DeviceModel
 from crosspool.workers.cuda.room import Room
 from crosspool.workers.cuda.sides import Sides
 
@@ -61,8 +62,11 @@ class Lane:
     def may_bind(self) -> bool:
         return self.has_place and (self.phase is Phase.DECODE or not self.bound)
 
-    def prepare(self, geometry: Geometry, route: Route, limits: Limits) -> None:
-        """Make what passes within these limits need, and record a decode's graphs."""
+    def prepare(
+        self, geometry: Geometry, route: Route, limits: Limits, enter: Callable[[LanePass], None]
+    ) -> None:
+        """Make what passes within these limits need, and record a decode's graphs, after ``enter`` has led
+        the lane to a grant that computes nothing."""
         rooms = {team: Room(self._tracks[team].memory, self._tracks[team].zeros) for team in route.teams}
         made = make_pass(
             geometry,
@@ -76,6 +80,7 @@ class Lane:
             self._sides,
         )
         self._passes[geometry, route, limits] = made
+        enter(made)
         if self.phase is Phase.DECODE:
             made.record()
 
@@ -134,14 +139,17 @@ class Lane:
         self._read = written
         return fresh
 
-    def _enter(self, flight: Flight) -> None:
-        lane_pass, sides = flight.lane_pass, self._sides
-        assert lane_pass is not None
-        lane = lane_pass.attention_side.lane
-        self.track.device.run(self.track.stream, partial(sides.enter, lane, flight.packed.address))
+    def enter(self, lane_pass: LanePass, grant: int, model: DeviceModel) -> None:
+        """The lane runs the grant at this address from now on, with this model's weights."""
+        sides, lane = self._sides, lane_pass.attention_side.lane
+        self.track.device.run(self.track.stream, partial(sides.enter, lane, grant))
         for team, remote in lane_pass.remotes.items():
-            layers = flight.model.lane_words(team)[0]
+            layers = model.lane_words(team)[0]
             remote.track.device.run(remote.track.stream, partial(sides.lead, remote.words, layers))
+
+    def _enter(self, flight: Flight) -> None:
+        assert flight.lane_pass is not None
+        self.enter(flight.lane_pass, flight.packed.address, flight.model)
         self._entered = flight
 
     def _pass_for(self, flight: Flight) -> LanePass:

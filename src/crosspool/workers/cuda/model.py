@@ -29,6 +29,9 @@ from crosspool.models.weights import (
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.weights import WeightsArena
 
+TENSORS_PER_LAYER = 24
+"""At most, of both halves."""
+
 Words = Mapping[int, Tensor | None]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from crosspool.core.pick import NOTHING, delays, pick
-from crosspool.workers.cuda.flight import Flight
+from crosspool.workers.cuda.flight import Flight, FlightLane
 from crosspool.workers.cuda.lanes import Lane
 
 
@@ -60,7 +60,7 @@ def already_passed(flight: Flight, flights: Collection[Flight], now: int) -> int
     return int(flight.decoding and any(delays(flight.start_by, 0, end) for end in running))
 
 
-def _lane_for(flight: Flight, lanes: Iterable[Lane]) -> Lane | None:
+def _lane_for(flight: Flight, lanes: Iterable[Lane]) -> FlightLane | None:
     """The lane that takes the flight's next unit now."""
     if not flight.goes_on:
         return None
