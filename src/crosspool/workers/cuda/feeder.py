@@ -150,8 +150,8 @@ class Feeder:
         return fed
 
     def _take(self, home: Home) -> bool:
-        """What of the home's lanes has run, and what it has told: in this order, so that nothing that was told
-        is missed of what has run."""
+        """What of the home's lanes has run, and what they have told: in this order, so that nothing is missed
+        of what has run."""
         taken = False
         for lane in home.lanes:
             for unit in lane.units_done():
