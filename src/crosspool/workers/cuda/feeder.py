@@ -185,7 +185,9 @@ class Feeder:
         if row.request in flight.dropped:
             return
         assert row.choice is not None
-        finish, _ = row_after(row, made, token)
+        finish, leaves = row_after(row, made, token)
+        if leaves:
+            flight.gone.add(row.request)
         asked = row.choice.params.logprobs is not None
         logprobs = flight.packed.logprobs(number, made) if asked else None
         delivered = False
