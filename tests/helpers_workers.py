@@ -16,6 +16,7 @@ from crosspool.core.batch import Event, Grant, Phase, RetiredEvent, Row, TokenCh
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.kv_layout import KvLayout, make_layout
+from crosspool.core.protocols import Executor
 from crosspool.core.sampling import SamplingParams
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Sharding, Topology
@@ -126,14 +127,17 @@ class Rig:
         topology = Topology(tuple(kv_devices), tuple(weights_devices), sharding)
         self.places = DevicePages.of([NUM_PAGES + device for device in range(len(kv_devices))])
         self.arena = torch.full((self.places.total, PAGE_BYTES), 255, dtype=torch.uint8)
-        make = self._resident if resident else self._threaded
-        self.executor = make(topology, make_backends(topology.teams, threads), tasks)
+        self.executor = self._make(topology, resident, threads, tasks)
         self.free = [list(self.places.pages_of(device)) for device in self.places.devices]
         for device, pages in enumerate(self.free):
             random.Random(device).shuffle(pages)
         self.sequences: dict[RequestId, HandMade] = {}
         self.retired: dict[GrantId, RetiredEvent] = {}
         self._rows: dict[GrantId, list[tuple[HandMade, int]]] = {}
+
+    def _make(self, topology: Topology, resident: bool, threads: int, tasks: int | None) -> Executor:
+        make = self._resident if resident else self._threaded
+        return make(topology, make_backends(topology.teams, threads), tasks)
 
     def _shards(self, topology: Topology) -> Iterator[tuple[int, int, int, int, FfnWeights]]:
         """(model, layer, part, device, weights of the part) of every FFN's every part."""

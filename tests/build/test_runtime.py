@@ -368,7 +368,7 @@ def test_an_arena_that_cannot_be_allocated_is_an_error_in_bytes(folders, monkeyp
 
 
 def test_a_device_of_another_kind_is_refused(folders):
-    with pytest.raises(ConfigError, match="'cuda:0' is not supported by this version"):
+    with pytest.raises(ConfigError, match="devices of one kind are needed, not cpu:0, cuda:0"):
         build_engine(config_of(folders, weights_devices=("cuda:0",)))
 
 

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from crosspool.backends.base import Backend
 from crosspool.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from crosspool.backends.cuda import CudaDevice
+
+
+def are_cuda(names: Sequence[str]) -> bool:
+    """Whether these devices are GPUs. Raises ConfigError if some are and some are not."""
+    kinds = {name.startswith("cuda") for name in names}
+    if len(kinds) > 1:
+        raise ConfigError(f"devices of one kind are needed, not {', '.join(names)}")
+    return kinds.pop()
+
+
+def make_cuda_devices(names: Sequence[str]) -> tuple[CudaDevice, ...]:
+    """See backends/cuda.py. Only whoever calls this touches CUDA, or needs Triton."""
+    try:
+        from crosspool.backends import cuda
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"device {names[0]!r} needs the package {error.name}: install crosspool[cuda]"
+        ) from error
+    return cuda.make_cuda_devices(names)
 
 
 def make_backends(
@@ -29,8 +52,8 @@ def make_backends(
 def _check(name: str) -> None:
     if re.fullmatch(r"cpu:\d{1,4}", name):
         return
-    if re.fullmatch(r"[a-z]+(:\d+)?", name) and not name.startswith("cpu"):
+    if re.fullmatch(r"[a-z]+(:\d+)?", name) and not name.startswith(("cpu", "cuda")):
         raise ConfigError(
-            f"device {name!r} is not supported by this version, which runs on cpu:0, cpu:1, ..."
+            f"device {name!r} is not supported by this version, which runs on cpu:0, cuda:0, ..."
         )
-    raise ConfigError(f"device {name!r} is not a device name; names are like cpu:0")
+    raise ConfigError(f"device {name!r} is not a device name; names are like cpu:0 or cuda:0")

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from crosspool.backends.base import Backend
-from crosspool.backends.factory import make_backends
 from crosspool.build.control import assemble
-from crosspool.build.pool_plan import PoolPlan, ffn_bytes_by_layer, plan_pools
-from crosspool.build.workers import Workers, make_workers
-from crosspool.core.config import EngineConfig, Kernels, ModelConfig
+from crosspool.build.machine import make_machine
+from crosspool.build.pool_plan import ffn_bytes_by_layer
+from crosspool.build.workers import Workers
+from crosspool.core.config import EngineConfig, ModelConfig
 from crosspool.core.errors import CrossPoolError, ModelLoadError
-from crosspool.core.ids import KvDevice, ModelIndex
+from crosspool.core.ids import ModelIndex
 from crosspool.core.info import LoadProgress, ModelInfo
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.spec import ModelSpec
@@ -40,29 +37,29 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     A model that cannot be loaded fails alone: its ModelInfo says why. Raises ModelLoadError if none can,
     ConfigError for devices that do not exist, OutOfMemoryError if the pools do not fit the memory.
     """
-    topology = config.topology
-    backends = make_backends(topology.teams, config.threads, leave_a_core=config.kernels is Kernels.REFERENCE)
+    machine = make_machine(config)
     report = progress or (lambda _: None)
     errors: dict[ModelIndex, str] = {}
     sources = _open_models(config, errors, report)
-    # All CPU devices have the host's memory together.
-    plan = plan_pools(config, {source.index: source.spec for source in sources}, backends[0].free_bytes)
-    arena, host = _allocate(topology, backends, plan)
-    workers = make_workers(config, backends, plan)
-    loader = _Loader(topology, FfnPool(plan.weights_pool_bytes), workers, report)
+    specs = {source.index: source.spec for source in sources}
+    plan = machine.plan(specs)
+    workers = machine.workers(plan, specs)
+    loader = _Loader(config.topology, FfnPool(plan.weights_pool_bytes), workers, report)
     for source in sources:
         error = loader.load(source, plan.layouts[source.index])
         if error is not None:
             errors[source.index] = error
     _require_any(config, loader.specs, errors)
-    executor = workers.start(arena, host, partial(_report_compiling, report))
+    executor = workers.start(partial(_report_compiling, report))
     reasons = {index: _shown(error, config.models[index]) for index, error in errors.items()}
     infos = [
         ModelInfo(model.name, ModelIndex(index), model.path, error=reasons.get(ModelIndex(index)))
         for index, model in enumerate(config.models)
     ]
     try:
-        return assemble(config, infos, loader.specs, plan, loader.ffn_pool, executor, MonotonicClock())
+        return assemble(
+            config, infos, loader.specs, plan, loader.ffn_pool, executor, MonotonicClock(), machine.profile
+        )
     except BaseException:
         executor.close()
         raise
@@ -117,16 +114,6 @@ def _require_any(config: EngineConfig, loaded: Collection[object], errors: Mappi
 def _shown(error: str, model: ModelConfig) -> str:
     """An error as clients may see it: with the names of folder and file, but not where they are."""
     return error.replace(f"{Path(model.path).absolute().parent}/", "")
-
-
-def _allocate(
-    topology: Topology, backends: tuple[Backend, ...], plan: PoolPlan
-) -> tuple[Tensor, Tensor | None]:
-    """The KV pool, one arena of the pages of all KV devices, which share an address space, and the spill
-    store, None if it has no page."""
-    backend = backends[topology.attention_team(KvDevice(0))]
-    arena = backend.new_arena(plan.places.total, plan.page_bytes)
-    return arena, backend.new_host_arena(plan.spill_pages, plan.page_bytes) if plan.spill_pages else None
 
 
 class _Loader:

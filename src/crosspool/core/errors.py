@@ -10,6 +10,7 @@
     │   ├── MissingTensorError        a weight that the family needs is not in the checkpoint
     │   └── TensorShapeError          a weight has another shape or dtype than the config implies
     ├── OutOfMemoryError              bytes needed, free and evictable
+    ├── DeviceError                   a device has failed: nothing more runs on it in this process
     ├── RequestError                  the client's request is at fault (HTTP 4xx)
     │   ├── InvalidRequestError       a field is missing, of a wrong type or out of range (400)
     │   ├── RequestTooLargeError      longer than the model's context or the whole KV pool (400)
@@ -64,6 +65,11 @@ class OutOfMemoryError(CrossPoolError):
         self.needed = needed
         self.free = free
         self.evictable = evictable
+
+
+class DeviceError(CrossPoolError):
+    """A device has failed, and with it all that was in its streams: nothing more runs on it in this
+    process."""
 
 
 class RequestError(CrossPoolError):

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from crosspool.kernels.choice_fields import LOGPROB, RANK, TOP, TOP_COUNT
 from crosspool.kernels.numba.compile import kernel
 from crosspool.kernels.numba.exp_double import exp_of_negative
 from crosspool.kernels.numba.random_draw import add_up
 from crosspool.kernels.numba.ranking import best_of, sort_best
-
-TOP_COUNT, LOGPROB, RANK, TOP = range(4)
-
-
-def report_words(alternatives: int) -> int:
-    """Int64 words of one token's report: the number of alternatives in it, the token's log-probability (bits
-    of a float64), its rank, the alternatives' ids, best first, and from TOP + ``alternatives`` on their
-    log-probabilities (bits again)."""
-    return TOP + 2 * alternatives
 
 
 @kernel
@@ -57,12 +49,3 @@ def report_token(row, count, best, token, alternatives, report, at, scratch):
     for place in range(most):
         report[at + TOP + place] = scratch.ids[place]
         bits[at + TOP + alternatives + place] = scratch.heap[place]
-
-
-def read_words(words: np.ndarray, alternatives: int) -> tuple[float, int, tuple[tuple[int, float], ...]]:
-    """The log-probability, the rank and the alternatives (id, log-probability) of ``report_words`` words."""
-    bits = words.view(np.float64)
-    count = int(words[TOP_COUNT])
-    ids = words[TOP : TOP + count].tolist()
-    logprobs = bits[TOP + alternatives : TOP + alternatives + count].tolist()
-    return float(bits[LOGPROB]), int(words[RANK]), tuple(zip(ids, logprobs, strict=True))

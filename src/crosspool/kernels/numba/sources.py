@@ -12,7 +12,13 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
-COMPILED = ("kernels/numba/", "workers/resident/", "core/pick.py", "core/token_record.py")
+COMPILED = (
+    "kernels/choice_fields.py",
+    "kernels/numba/",
+    "workers/resident/",
+    "core/pick.py",
+    "core/token_record.py",
+)
 """What compiled code is made of, below the package."""
 
 _IMPORT = re.compile(r"^from crosspool\.([\w.]+) import (\([^)]*\)|[^\n]*)", re.MULTILINE)

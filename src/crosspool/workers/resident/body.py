@@ -13,11 +13,11 @@ from itertools import chain
 
 import numpy as np
 
-from crosspool.core.batch import Grant, Row, TokenChoice
-from crosspool.core.errors import InvariantError
+from crosspool.core.batch import Grant, Row
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.request import TokenLogprobs
-from crosspool.kernels.numba.choice import describe_choice, read_report
+from crosspool.kernels.choice_fields import read_report
+from crosspool.workers.grant_rows import check_pages, describe_row_choice, tokens_of
 from crosspool.workers.resident.body_words import (
     ALIVE,
     ARENA,
@@ -136,7 +136,7 @@ class Body:
         own[FIRST], own[COUNT], own[STEPS] = row.start, len(row.tokens), row.steps
         own[ROW_INPUTS] = self._fill(row.tokens)
         own[ROW_TABLES] = self._fill([self._fill(pages) for pages in row.pages])
-        choice = None if row.choice is None else _describe(row.choice, row.steps)
+        choice = None if row.choice is None else describe_row_choice(row.choice, row.steps)
         self._choices.append(choice)
         own[CHOICE] = 0
         if row.choice is not None and choice is not None:
@@ -176,11 +176,6 @@ class Body:
         return self.address + begin
 
 
-def tokens_of(grant: Grant) -> int:
-    """Queries of the grant's first and largest pass."""
-    return sum(len(row.tokens) for row in grant.rows)
-
-
 def body_bytes(grant: Grant, model: ResidentModel, parts: int, spread: SpreadContext | None) -> int:
     """How much memory a Body needs."""
     tokens, rows, groups = tokens_of(grant), len(grant.rows), len(model.layout.groups)
@@ -211,37 +206,3 @@ class BodyMemory:
 
     def give_back(self, memory: np.ndarray) -> None:
         self._free[len(memory)].append(memory)
-
-
-def check_pages(row: Row, layout: KvLayout) -> None:
-    """Raises InvariantError if a page that the row will write or see has been given back, or is beyond its
-    tables: a page id of -1 would silently be memory before the arena."""
-    needed = layout.chunks(row.start + len(row.tokens) + max(0, row.steps - 1))
-    for group, pages in enumerate(row.pages):
-        first = layout.first_kept_chunk(group, row.start)
-        if len(pages) < needed or min(pages[first:needed]) < 0:
-            raise InvariantError(
-                f"request {row.request}, layer group {group}: pages {first} to {needed - 1} are needed, "
-                f"of {pages}"
-            )
-
-
-def _describe(choice: TokenChoice, steps: int) -> np.ndarray:
-    params = choice.params
-    return describe_choice(
-        seed=choice.seed,
-        index=choice.output_index,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition=params.repetition_penalty,
-        presence=params.presence_penalty,
-        frequency=params.frequency_penalty,
-        min_tokens=params.min_tokens,
-        stop_token_ids=choice.stop_token_ids,
-        prompt=choice.prompt,
-        output=choice.output,
-        logprobs=params.logprobs,
-        steps=steps,
-    )

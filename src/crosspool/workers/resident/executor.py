@@ -21,9 +21,10 @@ from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, ModelIndex, Nanoseconds, RequestId, WeightsDevice
 from crosspool.core.topology import Topology
 from crosspool.workers.copier import HostCopier
+from crosspool.workers.grant_rows import tokens_of
 from crosspool.workers.resident import control as layout
 from crosspool.workers.resident.attendance import note_place
-from crosspool.workers.resident.body import Body, BodyMemory, body_bytes, tokens_of
+from crosspool.workers.resident.body import Body, BodyMemory, body_bytes
 from crosspool.workers.resident.control import SLOTS, TOKEN_EVENT, Control
 from crosspool.workers.resident.crew import Crew, team_address
 from crosspool.workers.resident.model import ResidentModel, largest

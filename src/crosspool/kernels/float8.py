@@ -1,0 +1,43 @@
+"""Weights in 8 bits: e4m3 numbers and a scale for each block of 128 rows and columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BLOCK = 128
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` [.., R, C] of any floating type -> e4m3 [.., R, C] and scales float32 [.., R / 128, C / 128]
+    (rounded up): a weight is its e4m3 number times its block's scale, and the block's largest is 448 of it.
+
+    Gates and ups of one expert are two matrices: each is quantised by itself. Raises ValueError for weights
+    that are not finite.
+    """
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"weights {list(weight.shape)} hold {int((~weight.isfinite()).sum())} that are not finite"
+        )
+    rows, columns = (-(-size // BLOCK) for size in weight.shape[-2:])
+    padded = functional.pad(
+        weight.float().abs(), (0, -weight.shape[-1] % BLOCK, 0, -weight.shape[-2] % BLOCK)
+    )
+    blocks = padded.reshape(*weight.shape[:-2], rows, BLOCK, columns, BLOCK)
+    largest = blocks.amax((-3, -1))
+    scales = torch.where(largest > 0, largest / LARGEST, 1.0)
+    scaled = weight.float() / _of_each(scales, weight)
+    return scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
+
+
+def dequantise_fp8(numbers: Tensor, scales: Tensor) -> Tensor:
+    """The float32 [.., R, C] of what quantise_fp8 gives."""
+    return numbers.float() * _of_each(scales, numbers)
+
+
+def _of_each(scales: Tensor, weight: Tensor) -> Tensor:
+    """[.., R / 128, C / 128] -> [.., R, C] of a matrix."""
+    rows, columns = weight.shape[-2:]
+    return scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., :rows, :columns]

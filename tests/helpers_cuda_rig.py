@@ -1,0 +1,73 @@
+"""Tiny models under the executor for devices with streams, whose kernels are interpreted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from crosspool.core.ids import KvDevice, ModelIndex
+from crosspool.core.topology import Topology
+from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.cuda.executor import CudaExecutor
+from crosspool.workers.cuda.feeder import Feeder, route_of
+from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan
+from crosspool.workers.cuda.model import DeviceModel, FfnPlace
+from crosspool.workers.cuda.weights import WeightsArena
+from helpers_devices import InterpretedDevice
+from helpers_workers import Rig, TinyModel
+
+LIMITS = GrantLimits(decode_rows=4, prefill_rows=4, prefill_tokens=64, steps=64, sequences=16)
+ARENA_BYTES = 1 << 22
+
+
+def device_models(
+    models: list[TinyModel], topology: Topology, devices: list[InterpretedDevice], home: KvDevice
+) -> dict[ModelIndex, DeviceModel]:
+    arenas: Mapping[int, WeightsArena] = {
+        team: WeightsArena(device, ARENA_BYTES) for team, device in enumerate(devices)
+    }
+    made = {}
+    for index, model in enumerate(models):
+        own = DeviceModel(model.spec, model.layout, model.weights, arenas, topology.attention_team(home))
+        for layer, weights in enumerate(model.ffns):
+            teams = route_of(topology, home, model.spec.num_layers).ffns[layer]
+            for part, team in enumerate(teams):
+                own.put_ffn(layer, FfnPlace(team, part, len(teams)), weights)
+        own.finish(topology.ffn_parts)
+        made[ModelIndex(index)] = own
+    return made
+
+
+class CudaRig(Rig):
+    """All models are at home on the first KV device."""
+
+    def _make(self, topology: Topology, resident: bool, threads: int, tasks: int | None) -> CudaExecutor:
+        self.devices = [InterpretedDevice(name) for name in topology.teams]
+        home = KvDevice(0)
+        models = device_models(list(self.models), topology, self.devices, home)
+        keys = {
+            (model.geometry, route_of(topology, home, model.geometry.num_layers)): model
+            for model in models.values()
+        }
+        homes = []
+        for device in self.places.devices:
+            own = keys if device == home else {}
+            team, pages = topology.attention_team(device), self.places.pages_of(device)
+            plan = HomePlan(team, self.devices, own.keys(), LIMITS, topology.ffn_parts)
+            arena = self.arena[pages.start : pages.stop]
+            homes.append(Home(plan, arena, pages.start, own))
+        feeder = Feeder(topology, homes, models, LIMITS, MonotonicClock())
+        return CudaExecutor(feeder, self.devices, pause=1e-3)
+
+
+@contextmanager
+def cuda_rig(*models: TinyModel, **how: object) -> Iterator[CudaRig]:
+    """A rig that is closed at the end and must leave no thread behind."""
+    before = set(threading.enumerate())
+    made = CudaRig(models, **how)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.executor.close()
+    assert set(threading.enumerate()) <= before, "the executor left threads behind"

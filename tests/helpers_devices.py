@@ -1,0 +1,110 @@
+"""A device whose kernels are interpreted, at once, on the CPU: streams change nothing, and a graph is a list
+of launches with the arguments that they had when it was recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+import helpers_triton  # noqa: F401
+from crosspool.kernels.triton.tiles import Chip
+
+ALIGNMENT = 256
+
+
+def aligned_bytes(size: int) -> Tensor:
+    """uint8 [size], all zero, on 256 bytes."""
+    memory = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
+    begin = -memory.data_ptr() % ALIGNMENT
+    return memory[begin : begin + size]
+
+
+class Past:
+    """An event of a device that is never behind."""
+
+    def __init__(self) -> None:
+        self.time = time.monotonic_ns()
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def since(self, earlier: Past) -> int:
+        return self.time - earlier.time
+
+
+@dataclass
+class LaunchList:
+    """``launches`` are kernels with their arguments."""
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def run(self) -> None:
+        for kernel, arguments, options in self.launches:
+            kernel.run(*arguments, **options)
+
+
+class InterpretedDevice:
+    """``captured`` and ``replayed`` count graphs."""
+
+    def __init__(self, name: str = "cuda:0") -> None:
+        self.name = name
+        self.physical = name.partition("/")[0]
+        self.chip = Chip(232_448, True)
+        self.processors = 4
+        self.captured = self.replayed = 0
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        return aligned_bytes(count * dtype.itemsize).view(dtype).view(*shape)
+
+    pinned = tensor
+
+    def stream(self, *, urgent: bool) -> object:
+        return object()
+
+    def run(self, stream: object, launches: Callable[[], object]) -> None:
+        launches()
+
+    def copy(self, stream: object, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def record(self, stream: object) -> Past:
+        return Past()
+
+    def wait(self, stream: object, event: object) -> None:
+        pass
+
+    def capture(self, stream: object, launches: Callable[[], object]) -> LaunchList:
+        self.captured += 1
+        graph = LaunchList()
+
+        def note(kernel: Any, *arguments: Any, **options: Any) -> None:
+            graph.launches.append((kernel, arguments, options))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InterpretedFunction, "run", note)
+            launches()
+        return graph
+
+    def replay(self, stream: object, graph: LaunchList) -> None:
+        self.replayed += 1
+        graph.run()
+
+    def finish(self) -> None:
+        pass
+
+    def seal(self) -> None:
+        pass
+
+    def check_sealed(self) -> None:
+        pass

@@ -1,0 +1,186 @@
+"""How a grant's rows go through its passes on the device, against core/batch.py row_after."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crosspool.core.batch import Grant, Phase, Row, TokenChoice, row_after
+from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
+from crosspool.core.kv_layout import KvLayout, LayerGroup
+from crosspool.core.sampling import SamplingParams
+from crosspool.kernels.triton.batch import Pass
+from crosspool.kernels.triton.grant_words import END, FAILURE, RECORD_WORDS, TOKEN
+from crosspool.kernels.triton.pass_begin import PassRows, begin_pass, enter
+from crosspool.kernels.triton.pass_end import end_pass
+from crosspool.kernels.triton.words import LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
+from crosspool.workers.cuda.grant import GrantMemory, PackedGrant
+from helpers_devices import InterpretedDevice
+
+pytestmark = pytest.mark.backend
+
+LAYOUT = KvLayout(4096, 16, (LayerGroup((0,), None), LayerGroup((1,), None)), 128, (0, 1), (0, 0))
+MOST_ROWS, MOST_QUERIES, MOST_CHUNKS, RING = 6, 64, 8, 16
+FIRST_PAGE = 70
+MODEL = (10, 20, 30, 40, 50)
+
+
+class Lane:
+    """A lane's arrays, and a host that reads its ring; tokens are chosen by hand."""
+
+    def __init__(self) -> None:
+        self.device = InterpretedDevice()
+        self.memory = GrantMemory(self.device, 1 << 16)
+
+        def array(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.full(shape, -99, dtype=dtype)
+
+        words = torch.zeros(LANE_WORDS, dtype=torch.int64)
+        self.batch = Pass(
+            words,
+            array(MOST_ROWS + 1),
+            array(MOST_ROWS),
+            array(MOST_QUERIES),
+            array(MOST_ROWS, 2, MOST_CHUNKS),
+        )
+        longs = [array(MOST_ROWS, dtype=torch.int64) for _ in range(2)]
+        self.rows = PassRows(array(MOST_QUERIES), array(MOST_ROWS), *longs)
+        self.records = torch.zeros(RING, RECORD_WORDS, dtype=torch.int64)
+        self.written = torch.zeros(1, dtype=torch.int64)
+        self.read = 0
+
+    def put(self, grant: Grant) -> PackedGrant:
+        packed = PackedGrant(grant, MODEL, LAYOUT, self.memory, FIRST_PAGE)
+        packed.target.copy_(packed.source)
+        enter(self.batch.lane, packed.address)
+        return packed
+
+    def begin(self) -> list[tuple[int, int, list[int], list[list[int]]]]:
+        """(number, first position, tokens, page tables) of each row of the pass."""
+        begin_pass(self.batch, self.rows, MOST_ROWS)
+        lane = self.batch.lane.tolist()
+        assert tuple(lane[:MODEL_WORDS]) == MODEL
+        starts = self.batch.starts.tolist()
+        passed = []
+        for place in range(lane[ROWS]):
+            begin, end = starts[place], starts[place + 1]
+            assert self.batch.row_of[begin:end].tolist() == [place] * (end - begin)
+            pages = [group.tolist() for group in self.batch.pages[place]]
+            tokens = self.rows.tokens[begin:end].tolist()
+            passed.append((int(self.rows.numbers[place]), int(self.batch.firsts[place]), tokens, pages))
+        assert starts[lane[ROWS]] == lane[QUERIES]
+        return passed
+
+    def end(self, tokens: dict[int, int]) -> list[tuple[int, ...]]:
+        """Rows choose these tokens. Returns what is written for the host: kind, grant, row, token, made."""
+        for place, number in enumerate(self.rows.numbers.tolist()):
+            self.rows.chosen[place] = tokens.get(number, -77)
+        end_pass(self.batch.lane, self.rows, MOST_ROWS, self.records, self.written)
+        seen = []
+        for sequence in range(self.read + 1, int(self.written) + 1):
+            words = self.records[(sequence - 1) % RING].tolist()
+            assert words[0] == sequence
+            seen.append(tuple(words[1:6]) if words[1] == TOKEN else tuple(words[1:3]))
+        self.read = int(self.written)
+        return seen
+
+
+def random_row(rng: random.Random, number: int, phase: Phase, steps: int) -> Row:
+    first = rng.randrange(0, 30)
+    count = 1 if phase is Phase.DECODE else rng.randrange(1, 9)
+    steps = rng.randrange(1, steps + 2)
+    chunks = LAYOUT.chunks(first + count + steps)
+    pages = tuple(tuple(PageId(FIRST_PAGE + rng.randrange(1000)) for _ in range(chunks)) for _ in range(2))
+    index = rng.randrange(5)
+    choice = TokenChoice(
+        params=SamplingParams(
+            temperature=0, min_tokens=rng.choice((0, 0, index + 2)), max_tokens=99, frequency_penalty=0.1
+        ),
+        seed=0,
+        output_index=index,
+        remaining=rng.choice((steps, steps + 1, 50)),
+        stop_token_ids=frozenset(rng.sample(range(6), rng.randrange(3))),
+        prompt=tuple(range(rng.randrange(5))),
+    )
+    tokens = tuple(rng.randrange(100, 200) for _ in range(count))
+    if phase is Phase.PREFILL and rng.random() < 0.4:
+        return Row(RequestId(number), first, tokens, pages, None, 0)
+    return Row(RequestId(number), first, tokens, pages, choice, steps)
+
+
+def random_grant(rng: random.Random, number: int) -> Grant:
+    phase = rng.choice((Phase.DECODE, Phase.DECODE, Phase.PREFILL))
+    steps = 1 if phase is Phase.PREFILL else rng.randrange(1, 6)
+    rows = tuple(random_row(rng, i, phase, steps) for i in range(rng.randrange(1, MOST_ROWS + 1)))
+    zero = Nanoseconds(0)
+    return Grant(GrantId(number), ModelIndex(0), phase, KvDevice(0), rows, steps, zero, zero, zero)
+
+
+def run(lane: Lane, rng: random.Random, number: int) -> str:
+    """One random grant to its end beside a plain model of it. Returns why it ended."""
+    grant = random_grant(rng, number)
+    packed = lane.put(grant)
+    alive = dict(enumerate(grant.rows))
+    made, position = dict.fromkeys(alive, 0), {i: row.start for i, row in alive.items()}
+    inputs = {i: list(row.tokens) for i, row in alive.items()}
+    dropped: set[int] = set()
+    for step in range(grant.steps + 1):
+        if rng.random() < 0.15:
+            victim = rng.randrange(len(grant.rows))
+            packed.drop(RequestId(victim))
+            dropped.add(victim)
+        alive = {i: row for i, row in alive.items() if i not in dropped}
+        passed = lane.begin()
+        assert [(n, first, tokens) for n, first, tokens, _ in passed] == [
+            (i, position[i], inputs[i]) for i in alive
+        ]
+        for n, _, _, pages in passed:
+            for own, given in zip(pages, grant.rows[n].pages, strict=True):
+                assert own[: len(given)] == [page - FIRST_PAGE for page in given]
+        if recalled := rng.random() < 0.1:
+            packed.recall()
+        tokens = {i: rng.randrange(6) for i in alive}
+        fails = rng.random() < 0.05 and any(row.choice for row in alive.values())
+        if fails:
+            tokens[rng.choice([i for i, row in alive.items() if row.choice])] = -1
+        wanted: list[tuple[int, ...]] = []
+        for i, row in list(alive.items()):
+            if row.choice is None:
+                del alive[i]
+                continue
+            made[i] += 1
+            position[i], inputs[i] = position[i] + len(inputs[i]), [tokens[i]]
+            wanted.append((TOKEN, number, i, tokens[i], made[i]))
+            if row_after(row, made[i], tokens[i])[1]:
+                del alive[i]
+        seen = lane.end(tokens)
+        over = fails or recalled or not alive or step + 1 == grant.steps
+        end = (FAILURE if fails else END, number)
+        assert seen == ([] if fails else wanted) + [end] * over
+        if over:
+            assert lane.begin() == [] and lane.end({}) == []
+            lane.memory.give_back(packed.span)
+            return "fails" if fails else "recalled" if recalled else "empty" if not alive else "steps"
+    raise AssertionError("it did not end")
+
+
+def test_grants_go_through_their_passes_as_the_contract_says() -> None:
+    rng, lane = random.Random(5), Lane()
+    before = lane.memory.free_bytes
+    ends = [run(lane, rng, number) for number in range(200)]
+    assert set(ends) == {"fails", "recalled", "empty", "steps"}
+    assert lane.memory.free_bytes == before and len(lane.memory._free) == 1
+    assert lane.read > 3 * RING
+
+
+def test_a_grant_whose_rows_are_all_dropped_ends_with_its_first_pass() -> None:
+    lane = Lane()
+    grant = replace(random_grant(random.Random(0), 7), phase=Phase.DECODE)
+    packed = lane.put(grant)
+    for row in grant.rows:
+        packed.drop(row.request)
+    assert lane.begin() == []
+    assert lane.end({}) == [(END, 7)]
