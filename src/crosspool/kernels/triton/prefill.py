@@ -83,9 +83,9 @@ def _launch(
 
 def _rows(shape: AttentionShape, query: Tensor) -> int:
     """Rows of a program's products, heads of queries: as many as their sums leave in registers."""
-    if shape.width > 256:
+    if shape.width > 256 or query.itemsize > 2:
         return 32
-    return 64 if shape.width > 128 or query.itemsize > 2 else 128
+    return 64 if shape.width > 128 else 128
 
 
 @triton.jit
