@@ -76,7 +76,7 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError("the reference kernels run on CPU devices only")
     if config.pools.spill_bytes:
         raise ConfigError(
-            f"spill_bytes {config.pools.spill_bytes:,} needs CPU devices: on GPUs what is preempted is computed "
+            f"spill_bytes {config.pools.spill_bytes:,} needs CPU devices: what is preempted on a GPU is computed "
             "again"
         )
     if config.pools.weights_memory is not WeightsMemory.MAPPED:
