@@ -87,8 +87,8 @@ def plan_ffn(geometry: FfnGeometry, capacity: int, dtype: torch.dtype, chip: Chi
         tile,
         blocks,
         token_tiles if common_width else 0,
-        Contraction(routed, is_spread(routed, blocks * output_tiles)),
-        Contraction(common, is_spread(common, token_tiles * output_tiles)),
+        Contraction(routed, is_spread(routed, tile, blocks * output_tiles)),
+        Contraction(common, is_spread(common, tile, token_tiles * output_tiles)),
     )
 
 

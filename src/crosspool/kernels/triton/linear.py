@@ -58,7 +58,7 @@ def _plan(projection: Projection, capacity: int, dtype: torch.dtype, chip: Chip)
     tile = tile_for(capacity, dtype, chip)
     parts = parts_of(projection.outputs, projection.inputs)
     sums = triton.cdiv(projection.outputs, tile.outputs) * triton.cdiv(capacity, tile.tokens)
-    return _Plan(tile, parts, is_spread(parts, sums), sums)
+    return _Plan(tile, parts, is_spread(parts, tile, sums), sums)
 
 
 def linear_room(

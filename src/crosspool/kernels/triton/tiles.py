@@ -98,6 +98,7 @@ def parts_room(values: int, sums: int, device: torch.device) -> PartsRoom:
     return PartsRoom(parts, torch.zeros(sums, dtype=torch.int32, device=device))
 
 
-def is_spread(parts: Parts, programs: int) -> bool:
-    """Whether parts are in programs of their own, where there are ``programs`` without."""
-    return parts.number > 1 and programs < PROGRAMS
+def is_spread(parts: Parts, tile: Tile, programs: int) -> bool:
+    """Whether parts are in programs of their own, where there are ``programs`` without. Many tokens have
+    larger parts to write down than weights to read, so it must be worth it."""
+    return parts.number > 1 and programs < (PROGRAMS if tile.outputs == FEW_OUTPUTS else PROGRAMS // 4)
