@@ -183,12 +183,15 @@ IN_PARTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("geometry", IN_PARTS.values(), ids=IN_PARTS)
-def test_a_token_is_the_same_alone_and_in_any_company_and_room(geometry: FfnGeometry) -> None:
+def test_a_token_is_the_same_alone_and_in_any_company_and_room(
+    geometry: FfnGeometry, dtype: torch.dtype
+) -> None:
     """Larger rooms have larger tiles, and the parts of sums in one program."""
-    plan = plan_ffn(geometry, 20, torch.bfloat16, CHIP)
+    plan = plan_ffn(geometry, 20, dtype, CHIP)
     assert plan.routed.spread or plan.common.spread
-    layer, x = layer_of(geometry, torch.bfloat16), hidden_states(17, geometry.hidden, torch.bfloat16)
+    layer, x = layer_of(geometry, dtype), hidden_states(17, geometry.hidden, dtype)
     lane = Lane([layer.words], {})
     together = compute(geometry, lane, x)
     assert torch.equal(compute(geometry, lane, x[13:14], capacity=1), together[13:14])
@@ -250,6 +253,17 @@ def test_experts_are_added_in_float32_in_the_order_of_their_ids() -> None:
         layer.words[words.SELECTION_BIAS] = torch.tensor([0.0, 2.0, 1.0], device=DEVICE)
         x = torch.ones(2, 16, device=DEVICE)
         assert compute(geometry, Lane([layer.words], {}), x).eq(left).all()
+
+
+def test_a_running_sum_is_not_rounded() -> None:
+    """Of three equal experts at a third each nothing is lost: the sum is one expert's result."""
+    geometry = FfnGeometry(48, 24, routing=Routing(3, 3))
+    layer, x = layer_of(geometry, torch.bfloat16), hidden_states(5, 48, torch.bfloat16)
+    for word in (words.GATE_UP, words.EXPERT_DOWN):
+        layer.words[word][:] = layer.words[word][0].clone()
+    layer.words[words.ROUTER].zero_()
+    result = compute(geometry, Lane([layer.words], {}), x)
+    assert torch.equal(result, compute(FfnGeometry(48, 24), Lane([layer.words], {}), x))
 
 
 def test_shards_are_parts_of_the_whole() -> None:
