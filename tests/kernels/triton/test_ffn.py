@@ -256,8 +256,8 @@ def test_experts_are_added_in_float32_in_the_order_of_their_ids() -> None:
 
 
 def test_a_running_sum_is_not_rounded() -> None:
-    """Of three equal experts at a third each nothing is lost: the sum is one expert's result."""
-    geometry = FfnGeometry(48, 24, routing=Routing(3, 3))
+    """Of seven equal experts at a seventh each nothing is lost: the sum is one expert's result."""
+    geometry = FfnGeometry(48, 24, routing=Routing(7, 7))
     layer, x = layer_of(geometry, torch.bfloat16), hidden_states(5, 48, torch.bfloat16)
     for word in (words.GATE_UP, words.EXPERT_DOWN):
         layer.words[word][:] = layer.words[word][0].clone()
