@@ -37,13 +37,19 @@ _plain_atomic, _plain_launch = InterpreterBuilder.create_atomic_rmw, GridExecuto
 
 def _install() -> None:
     builder: Any = InterpreterBuilder
-    builder.binary_op, builder.unary_op = _refusing(_plain_binary), _refusing(_plain_unary)
+    builder.binary_op, builder.unary_op = _refusing(_binary), _refusing(_plain_unary)
     builder.create_fma, builder.create_atomic_rmw = _refusing(_plain_fma), _refusing(_plain_atomic)
     builder.cast_impl, builder.create_fp_to_fp = _cast, _round
     builder.create_dot, builder.create_masked_load = _dot, _load
     for ops in (ReduceOps, ScanOps):
         ops.apply_impl = _refusing_tensors(ops.apply_impl)  # type: ignore[method-assign]
     GridExecutor.__call__ = _launch  # type: ignore[method-assign]
+
+
+def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+    """What a comparison gives is of one bit, and stays so when a scalar of it becomes a block."""
+    result = _plain_binary(self, left, right, operation)
+    return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
 
 
 def _widened(handle: Any) -> Any:

@@ -82,7 +82,8 @@ def _read_amd(asm: Any, shared: int) -> Build:
     def count(name: str) -> int:
         return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", code))
 
-    spilled = count("vgpr_spill_count") + count("sgpr_spill_count") + count("private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    spilled = count("vgpr_spill_count") + count("private_segment_fixed_size")
     wide = len(re.findall(r"\b(?:global|buffer|flat)_load_dwordx4\b", code))
     return Build(count("vgpr_count"), spilled, shared, wide)
 

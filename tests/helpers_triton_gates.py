@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
@@ -61,7 +62,7 @@ def assert_builds_well(launch: Callable[[], object], target: Target, wide_loads:
 
     ``launch`` calls a launcher with tensors of real sizes on the CPU; nothing is run or read.
     """
-    with recorded() as launches:
+    with recorded() as launches, _on(target):
         launch()
     assert launches, "nothing was launched"
     for one in launches:
@@ -83,6 +84,17 @@ def recorded() -> Iterator[list[Launch]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "run", record)
         yield launches
+
+
+@contextmanager
+def _on(target: Target) -> Iterator[None]:
+    """Launchers see the target as torch would show it."""
+    amd = target.backend == "hip"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0" if amd else None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4) if amd else divmod(target.arch, 10))
+        yield
 
 
 def _launch_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:

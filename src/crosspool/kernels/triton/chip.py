@@ -1,0 +1,20 @@
+"""What launchers must know of the chip they launch on."""
+
+from __future__ import annotations
+
+import torch
+
+AMD, AMPERE, HOPPER, BLACKWELL = 0, 8, 9, 10
+
+
+def generation() -> int:
+    """The major compute capability of NVIDIA's chips, AMD for all of AMD's. Without a GPU, where kernels are
+    interpreted, it is HOPPER."""
+    if torch.version.hip is not None:
+        return AMD
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else HOPPER
+
+
+def stages(nvidia: int, amd: int = 2) -> int:
+    """Tiles that a loop loads ahead: AMD's chips have 64 KiB of shared memory, NVIDIA's 164 or more."""
+    return amd if generation() == AMD else nvidia

@@ -1,0 +1,113 @@
+"""Attention of single queries over split contexts, against the reference and against itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosspool.kernels.triton.attend import AttentionShape
+from crosspool.kernels.triton.decode import attend_blocks, decode_attention
+from crosspool.kernels.triton.states import States, merge_states
+from helpers_triton import DEVICE
+from helpers_triton_attention import GQA_SHAPES, MLA_SHAPES, TOLERANCE, Rows
+from helpers_triton_gates import Target, assert_builds_well, needs_interpreter, on_targets
+from helpers_triton_lanes import Arena, ModelWords, lane_of
+from helpers_triton_models import DEEPSEEK_V2_LITE, QWEN3_30B_A3B
+
+pytestmark = pytest.mark.backend
+
+SHAPES = GQA_SHAPES | MLA_SHAPES
+LENGTHS = [1, 255, 256, 257, 600]
+ROWS = [(length - 1, 1) for length in LENGTHS]
+
+
+def decoded(rows: Rows, splits: int = 2) -> Tensor:
+    query, out = rows.room()
+    states = States.room(rows.shape, len(query), 700, 1, DEVICE)
+    states.sums.fill_(torch.nan)
+    states.scores.fill_(torch.nan)
+    decode_attention(rows.batch(), rows.arena.kv(rows.window), rows.shape, query, states, out, splits)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_it_is_the_reference(dtype: torch.dtype, shape: AttentionShape) -> None:
+    rows = Rows(ROWS, shape, dtype)
+    rows.assert_near(decoded(rows))
+
+
+@pytest.mark.parametrize("window", [1, 6, 300])
+@pytest.mark.parametrize("name", ["groups of 3", "narrow"])
+def test_windows(name: str, window: int) -> None:
+    """What fell out of the window is not read: its pages were given back."""
+    rows = Rows(ROWS, SHAPES[name], torch.float32, tokens_per_page=23, window=window)
+    rows.assert_near(decoded(rows))
+
+
+def test_rows_with_several_queries() -> None:
+    rows = Rows([(254, 4), (0, 3), (599, 1)], SHAPES["groups of 3"], torch.float32)
+    rows.assert_near(decoded(rows))
+
+
+@pytest.mark.parametrize("name", ["groups of 3", "narrow"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_row_has_the_same_bits_alone_in_other_pages_and_with_any_number_of_programs(
+    dtype: torch.dtype, name: str
+) -> None:
+    shape = SHAPES[name]
+    rows = Rows(ROWS, shape, dtype)
+    together = decoded(rows)
+    for splits in (1, 5):
+        assert torch.equal(decoded(rows, splits)[: len(ROWS)], together[: len(ROWS)])
+    for row in range(len(ROWS)):
+        assert torch.equal(decoded(rows.alone(row), 1)[0], together[row])
+    other = Rows(ROWS, shape, dtype, tokens_per_page=29)
+    assert torch.equal(decoded(other)[: len(ROWS)], together[: len(ROWS)])
+
+
+def test_a_row_that_does_not_live_is_left_alone() -> None:
+    rows = Rows(ROWS, SHAPES["groups of 3"], torch.float32)
+    query, out = rows.room()
+    batch, states = rows.batch(), States.room(rows.shape, len(query), 700, 1, DEVICE)
+    batch.firsts[1] = -1
+    decode_attention(batch, rows.arena.kv(), rows.shape, query, states, out, 2)
+    assert out[1].eq(7).all()
+    assert torch.equal(out[[0, 2, 3, 4]], decoded(rows)[[0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("name", ["groups of 8", "narrow"])
+def test_a_context_on_several_devices(name: str) -> None:
+    """Each device knows only its own pages, as page tables of a whole pool's request say; one has none."""
+    rows = Rows([(599, 1), (300, 1)], SHAPES[name], torch.float32)
+    query, out = rows.room()
+    batch = rows.batch()
+    states = States.room(rows.shape, len(query), 700, 3, DEVICE)
+    states.sums.fill_(torch.nan)
+    states.scores.fill_(torch.nan)
+    owner = torch.randint(0, 2, batch.pages.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    owner[0, 1, 20:] = 0
+    for part in range(3):
+        own = batch._replace(pages=batch.pages.where(owner == part, -1))
+        attend_blocks(own, rows.arena.kv(), rows.shape, query, states.part(part), 2)
+    merge_states(batch, states, 0, out)
+    rows.assert_near(out)
+
+
+def launch(shape: AttentionShape) -> None:
+    inside = (1, shape.key_width) if shape.rotary else (2, shape.kv_heads, shape.width)
+    arena = Arena([1] * 8, inside, 23, torch.bfloat16)
+    batch = lane_of(ModelWords([{}]), [(0, 1)] * 8, arena.pages)
+    query = torch.empty(8, shape.heads, shape.key_width, dtype=torch.bfloat16)
+    out = torch.empty(8, shape.heads, shape.width, dtype=torch.bfloat16)
+    states = States.room(shape, 8, 1024, 1, torch.device("cpu"))
+    decode_attention(batch, arena.kv(), shape, query, states, out, 8)
+
+
+@needs_interpreter
+@on_targets(
+    {"qwen3-30b-a3b": lambda: launch(QWEN3_30B_A3B), "deepseek-v2-lite": lambda: launch(DEEPSEEK_V2_LITE)}
+)
+def test_gates(launch: object, target: Target) -> None:
+    assert_builds_well(launch, target)
