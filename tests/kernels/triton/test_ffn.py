@@ -285,5 +285,7 @@ def test_shards_are_parts_of_the_whole() -> None:
 def test_what_nobody_wrote_is_refused() -> None:
     with pytest.raises(KeyError, match="swish"):
         plan_ffn(FfnGeometry(48, 24, "swish"), 1, torch.bfloat16, CHIP)
+    with pytest.raises(ValueError, match="an FFN of 0 columns, and 16 shared"):
+        plan_ffn(FfnGeometry(48, 0, routing=Routing(5, 2), shared_width=16), 1, torch.bfloat16, CHIP)
     with pytest.raises(ValueError, match="top 6 of 5 experts"):
         plan_ffn(FfnGeometry(48, 24, routing=Routing(5, 6)), 1, torch.bfloat16, CHIP)

@@ -7,8 +7,9 @@ widened in registers.
 
 What decides how a sum is added up is the geometry alone: the inputs in order, cut into parts that are summed
 by themselves and then added in order. The number of tokens only decides the tile and whether the parts of a
-sum are in programs of their own, so a row's bits depend neither on the rows beside it nor on how many there
-may be.
+sum are in programs of their own, so a row's bits do not depend on the rows beside it. Nor do they depend on
+how many there may be, wherever the chip's instructions for few and for many tokens sum as many inputs at
+once: NVIDIA's do, 16 of 16 bits.
 
 Few tokens are bound by reading weights. A multiprocessor must keep some tens of KiB of loads in flight to
 have its share of the memory's bandwidth, so there should be two programs or more on each, of several stages
