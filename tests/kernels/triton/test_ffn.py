@@ -13,7 +13,7 @@ from crosspool.kernels.float8 import dequantise_fp8, quantise_fp8
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.triton import words
 from crosspool.kernels.triton.ffn import ffn
-from crosspool.kernels.triton.ffn_plan import FfnGeometry, ffn_room, plan_ffn
+from crosspool.kernels.triton.ffn_plan import FfnGeometry, FfnPlan, FfnRoom, ffn_room, plan_ffn
 from crosspool.kernels.triton.gate import ACTIVATIONS
 from crosspool.kernels.triton.router import Routing
 from crosspool.kernels.triton.tiles import Chip
@@ -83,6 +83,15 @@ def expected(geometry: FfnGeometry, layer: Layer, x: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
+def room_of(plan: FfnPlan) -> FfnRoom:
+    """A room that holds anything, but for the zeros that it must hold."""
+    room = ffn_room(plan, DEVICE)
+    for tensor in (*room, *room.pairs, room.router.parts):
+        if isinstance(tensor, Tensor):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+    return room
+
+
 def compute(
     geometry: FfnGeometry,
     lane: Lane,
@@ -91,6 +100,7 @@ def compute(
     layer: int = 0,
     chip: Chip = CHIP,
     spread: bool = True,
+    room: FfnRoom | None = None,
 ) -> Tensor:
     """The rows that x has, from launches for ``capacity``; the others must stay as they are. Parts of sums
     are in one program unless they may be ``spread``."""
@@ -102,7 +112,7 @@ def compute(
     padded = torch.full((capacity, geometry.hidden), float("nan"), dtype=x.dtype, device=DEVICE)
     padded[: len(x)] = x
     out = torch.full_like(padded, 7.0)
-    ffn(plan, lane.words, layer, padded, out, ffn_room(plan, DEVICE))
+    ffn(plan, lane.words, layer, padded, out, room or room_of(plan))
     assert out[len(x) :].eq(7).all()
     return out[: len(x)]
 
@@ -212,6 +222,17 @@ def test_lanes_run_models_of_their_own_from_the_same_launches() -> None:
             assert_close(results[-1], expected(geometry, layers[2 * number + layer], x), torch.bfloat16)
     lanes[0].words.copy_(lanes[1].words)
     assert torch.equal(compute(geometry, lanes[0], x, layer=1), results[3])
+
+
+def test_a_room_serves_one_pass_after_another() -> None:
+    """Of models, layers and numbers of tokens that differ."""
+    geometry = GEOMETRIES["shared"]
+    lanes = [Lane([layer_of(geometry, torch.bfloat16, seed).words], {}) for seed in range(2)]
+    room = room_of(plan_ffn(geometry, 20, torch.bfloat16, CHIP))
+    for tokens, lane in ((17, lanes[0]), (2, lanes[1]), (1, lanes[0]), (20, lanes[1])):
+        x = hidden_states(tokens, geometry.hidden, torch.bfloat16, seed=tokens)
+        assert torch.equal(compute(geometry, lane, x, room=room), compute(geometry, lane, x))
+    assert room.router.arrivals.eq(0).all()
 
 
 def biased_to(experts: list[int], geometry: FfnGeometry, layer: Layer) -> None:
