@@ -75,10 +75,7 @@ def _check(config: EngineConfig) -> None:
     if config.kernels is Kernels.REFERENCE:
         raise ConfigError("the reference kernels run on CPU devices only")
     if config.pools.spill_bytes:
-        raise ConfigError(
-            f"spill_bytes {config.pools.spill_bytes:,} needs CPU devices: what is preempted on a GPU is computed "
-            "again"
-        )
+        raise ConfigError(f"spill_bytes {config.pools.spill_bytes:,} is for CPU devices in this version")
     if config.pools.weights_memory is not WeightsMemory.MAPPED:
         raise ConfigError(f"weights_memory {config.pools.weights_memory} is about CPU devices")
     for model in config.models:
