@@ -88,6 +88,7 @@ def summary(result: ReplayResult) -> dict[str, object]:
             "gaps": len(pauses),
             "share": round(len(pauses) / max(1, gaps), 8),
             "over_1s": int((pauses > 1).sum()),
+            "total_s": round(float(pauses.sum()), 1),
             "max_s": round(float(pauses.max(initial=0.0)), 2),
         },
         "memory": {
@@ -112,6 +113,7 @@ def main() -> int:
     parser.add_argument("--pool-gib", type=float, help="instead of the window's true quantile")
     parser.add_argument("--quantile", type=float, default=0.999)
     parser.add_argument("--spill-gib", type=float, default=0.0, help="host memory for preempted sequences")
+    parser.add_argument("--prefill", type=float, default=RATES.prefill_tokens_per_second)
     parser.add_argument("--copy-gb", type=float, default=10.0, help="GB copied in a second to it and back")
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--decode-steps", type=int, default=32)
@@ -136,8 +138,9 @@ def main() -> int:
             outgrowth_risk=options.risk,
         ),
     )
-    layouts = world.plan(0).layouts
-    demand = open_loop_demand(trace, layouts, RATES)
+    layouts = list(world.plan(0).layouts.values())
+    rates = Rates(options.prefill, RATES.tbt, options.copy_gb * 1e9)
+    demand = open_loop_demand(trace, layouts, rates)
     gib = world.page_bytes / 2**30
     pages = demand.quantile(options.quantile, seconds)
     if options.pool_gib is not None:
@@ -157,7 +160,7 @@ def main() -> int:
         "most_gib": round(int(demand.pages.max()) * gib, 2),
     }
     for name, per_model in (("one_line_reserving", False), ("line_per_model_reserving", True)):
-        waits = reservation_waits(trace, layouts, RATES, pages, line_per_model=per_model)
+        waits = reservation_waits(trace, layouts, rates, pages, line_per_model=per_model)
         result[name] = {
             "share_waiting_over_1s": round(float((waits > 1).mean()), 6),
             "max_s": waits.max().round(1),
@@ -170,7 +173,7 @@ def main() -> int:
             world.config,
             world.specs,
             world.plan(pages, int(options.spill_gib / gib)),
-            replace(RATES, copy_bytes_per_second=options.copy_gb * 1e9),
+            rates,
             most_tokens=known,
             tick=options.tick,
         )
