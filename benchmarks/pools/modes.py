@@ -6,7 +6,8 @@ same with a fixed share of KV for each model (static). Kernels, admission and by
 
 Windows around bursts of long requests in zoo_longburst_8 are replayed at several rates: times are divided by
 the rate, lengths by what the options say. Modes take turns window by window. Gaps between the tokens of a
-request count as TBT whatever their cause: company, want of pages, preemption.
+request count as TBT whatever their cause: company, want of pages, preemption. Before that, at the first rate,
+the windows without their bursts: low load.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ SHAPE = {
 }
 """Of every model: 16 KiB of KV a token, 50 MB of experts, 25 MB of attention side."""
 
+TOKEN_BYTES = 16384
+
 
 @dataclass
 class Served:
@@ -63,7 +66,7 @@ class Served:
 
     arrival: float
     burst: bool
-    wanted: int
+    prompt: int
     refused: bool = False
     tokens: list[float] = field(default_factory=list)
 
@@ -79,14 +82,27 @@ class Outcome:
     @property
     def gaps(self) -> list[float]:
         """Milliseconds between tokens while the burst goes on: from its first arrival to its last token, or
-        its last arrival if all of it was refused."""
-        burst = [s for s in self.served if s.burst]
+        its last arrival if all of it was refused. Without a burst, all of them."""
+        burst = [s for s in self.served if s.burst] or self.served
         begin, end = min(s.arrival for s in burst), max([s.arrival, *s.tokens][-1] for s in burst)
         return [
             1e3 * (b - a)
             for s in self.served
             for a, b in zip(s.tokens, s.tokens[1:], strict=False)
             if b > begin and a < end
+        ]
+
+    def live(self, pool_tokens: float) -> list[float]:
+        """At each sample, the tokens of requests between their first and their last, over the tokens for
+        which the devices have memory beside the weights."""
+        return [
+            sum(
+                s.prompt + int(np.searchsorted(s.tokens, time))
+                for s in self.served
+                if s.tokens and s.tokens[0] <= time < s.tokens[-1]
+            )
+            / pool_tokens
+            for time, _ in self.held
         ]
 
     @property
@@ -179,7 +195,7 @@ def replay(
                 Nanoseconds(0),
             )
         )
-        requests[number] = Served(float(at), bool(burst), length)
+        requests[number] = Served(float(at), bool(burst), len(tokens))
     before = sum(model.preemptions for model in engine.stats().models)
     begin, total = time.perf_counter(), engine.stats().kv_pages_total
     due.reverse()
@@ -205,7 +221,7 @@ def replay(
     return Outcome(list(requests.values()), held, after - before)
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, float]:
+def summary(outcomes: list[Outcome], pool_tokens: float) -> dict[str, float]:
     gaps = np.concatenate([outcome.gaps for outcome in outcomes])
     waits = np.concatenate([outcome.waits for outcome in outcomes])
     served = [s for outcome in outcomes for s in outcome.served]
@@ -219,6 +235,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, float]:
         "requests": len(served),
         "preemptions": sum(outcome.preemptions for outcome in outcomes),
         "held": float(np.mean([share for outcome in outcomes for _, share in outcome.held])),
+        "live": float(np.mean([share for outcome in outcomes for share in outcome.live(pool_tokens)])),
     }
 
 
@@ -249,15 +266,19 @@ def main() -> None:
                 replay(
                     engine, {name: values[:20] for name, values in parts[0].items()}, 1000.0, numbers, shrink
                 )
-            for rate in map(float, options.rates.split(",")):
+            calm = [{name: values[part["burst"] == 0] for name, values in part.items()} for part in parts]
+            rates = [float(rate) for rate in options.rates.split(",")]
+            for load, rate in [("calm", rates[0]), *(("bursts", rate) for rate in rates)]:
                 outcomes: dict[Mode, list[Outcome]] = {mode: [] for mode in Mode}
-                for number, part in enumerate(parts):
+                for number, part in enumerate(calm if load == "calm" else parts):
                     order = list(Mode) if number % 2 else list(reversed(Mode))
                     for mode in order:
                         outcomes[mode].append(replay(engines[mode], part, rate, numbers, shrink))
                 for mode, own in outcomes.items():
-                    result = results.setdefault(str(mode), {})[f"{rate:g}"] = summary(own)
-                    print(f"rate {rate:5g} {mode:11} " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+                    result = summary(own, engines[mode].info.kv_pool_bytes / TOKEN_BYTES)
+                    results.setdefault(str(mode), {})[f"{load} {rate:g}"] = result
+                    shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+                    print(f"{load:6} rate {rate:5g} {mode:11} {shown}", flush=True)
         finally:
             for engine in engines.values():
                 engine.close()
