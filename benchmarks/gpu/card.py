@@ -10,6 +10,7 @@ import triton
 from gpu.device import Gpu
 from gpu.results import Case, Figure
 
+
 def describe() -> dict[str, object]:
     """Versions, and what the card says of itself, as plain data."""
     found: dict[str, object] = {

@@ -35,8 +35,8 @@ def make_gpu(*, interpreted: bool) -> Gpu:
 
 
 class Gpu:
-    """``device`` is what backends/device.py says. ``at`` is where its tensors are. With ``interpreted``, sizes
-    are tiny and times mean nothing."""
+    """``device`` is what backends/device.py says. ``at`` is where its tensors are. With ``interpreted``,
+    sizes are tiny and times mean nothing."""
 
     def __init__(self, device: Any, *, interpreted: bool) -> None:
         self.device = device

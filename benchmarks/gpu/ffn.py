@@ -1,7 +1,7 @@
 """Section 4: the Mixture-of-Experts FFN of a Qwen3-30B-A3B layer at few rows, with weights from memory.
 
-A round goes through layers whose weights together are many times the L2 cache. What counts is the bytes of the
-experts that were chosen, each read once.
+A round goes through layers whose weights together are many times the L2 cache. What counts is the bytes of
+the experts that were chosen, each read once.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class Layers:
     def __post_init__(self) -> None:
         spec, lane = self.loaded.spec, self.loaded.lane(self.rows)
         chip, geometry = self.gpu.device.chip, self.loaded.model.geometry
-        self.side = in_room(
-            self.gpu, lambda room: FfnSidePass(geometry, self.rows, 0, 1, chip, lane, room)
-        )
+        self.side = in_room(self.gpu, lambda room: FfnSidePass(geometry, self.rows, 0, 1, chip, lane, room))
         self.x = self.gpu.random(self.rows, spec.hidden_size)
         self.out = torch.empty_like(self.x)
 

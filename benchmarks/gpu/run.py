@@ -108,7 +108,11 @@ class Runner:
         options = [section, "--skip", str(skip), "--seconds", f"{seconds:.1f}"]
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
-                [*self._command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment()
+                [*self._command, *options],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=_environment(),
             )
             assert process.stdout is not None
             try:
