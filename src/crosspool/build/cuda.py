@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from crosspool.backends.cuda import CudaDevice
 from crosspool.backends.device import Device
 from crosspool.backends.factory import make_cuda_devices
 from crosspool.build.pool_plan import PoolPlan, choose_homes, ffn_bytes_by_layer, plan_pools
-from crosspool.build.workers import Compiling
+from crosspool.build.workers import Compiling, Specs
 from crosspool.core.config import EngineConfig, Kernels, Mode, WeightsMemory
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
@@ -32,8 +32,6 @@ from crosspool.workers.cuda.weights import WeightsArena
 
 USABLE = 0.95
 """Of a GPU's free memory. The rest is for compiled code, recorded graphs and what CUDA itself takes."""
-
-Specs = Mapping[ModelIndex, ModelSpec]
 
 
 class CudaMachine:

@@ -1,32 +1,17 @@
-"""From loaded weights to an executor: what each kind of kernels needs of them."""
+"""Who takes loaded models and makes the executor that runs them: on CPUs (cpu.py), on GPUs (cuda.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from crosspool.backends.base import Backend, WeightsArena
-from crosspool.build.pool_plan import PoolPlan
-from crosspool.core.config import EngineConfig, WeightsMemory
 from crosspool.core.ids import ModelIndex
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
-from crosspool.core.topology import Team, Topology
-from crosspool.models.moe_decoder import AttentionSide
-from crosspool.models.placement import InArena, InPlace, Placement, read_in
-from crosspool.models.weights import AttentionSideWeights, FfnWeights, shard_ffn
-from crosspool.workers.attention import AttentionWorker
-from crosspool.workers.clock import MonotonicClock
-from crosspool.workers.executor import ThreadedExecutor
-from crosspool.workers.ffn import FfnWorker, WeightRow, WeightTable
-from crosspool.workers.resident.executor import ResidentExecutor
-from crosspool.workers.resident.model import ResidentModel
+from crosspool.models.weights import AttentionSideWeights, FfnWeights
+
+Specs = Mapping[ModelIndex, ModelSpec]
 
 Compiling = Callable[[int, int], None]
 """Told how many of how many pieces of code are there."""
@@ -54,135 +39,3 @@ class Workers(Protocol):
     def start(self, compiling: Compiling) -> Executor:
         """Everything has been put."""
         ...
-
-
-class CompiledWorkers:
-    """For compiled kernels: descriptors of every model, and resident teams. ``arena`` has the pages of all KV
-    devices, as the plan says."""
-
-    def __init__(
-        self, config: EngineConfig, backends: Sequence[Backend], plan: PoolPlan, arena: Tensor
-    ) -> None:
-        self._config = config
-        self._arena = arena
-        self._plan = plan
-        self._backends = backends
-        self._models: dict[ModelIndex, ResidentModel] = {}
-        self._arenas: dict[tuple[ModelIndex, Team], WeightsArena] = {}
-
-    def put_attention_side(
-        self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
-    ) -> None:
-        """There is one copy, on the model's home."""
-        topology = self._config.topology
-        with self._place(model, spec, topology.attention_team(self._plan.home(model))) as place:
-            self._models[model] = ResidentModel(spec, layout, weights, parts=topology.ffn_parts, place=place)
-
-    def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
-        topology, resident = self._config.topology, self._models[model]
-        for part, device in enumerate(topology.ffn_devices(layer, self._plan.home(model))):
-            with self._place(model, resident.spec, topology.weights_team(device)) as place:
-                resident.put_ffn(layer, part, weights, place)
-
-    def copies(self, spec: ModelSpec) -> bool:
-        return spec.int8_weights or self._config.pools.weights_memory is WeightsMemory.HUGE
-
-    @contextmanager
-    def _place(self, model: ModelIndex, spec: ModelSpec, team: Team) -> Iterator[Placement]:
-        """What is put within is in place afterwards. Each model has an arena on each device."""
-        if not self.copies(spec):
-            yield InPlace()
-            return
-        backend = self._backends[team]
-        arena = self._arenas.setdefault((model, team), backend.new_weights_arena())
-        with _threads_of(backend) as threads:
-            place = InArena(arena, threads, int8=spec.int8_weights)
-            yield place
-            place.finish()
-
-    def remove(self, model: ModelIndex) -> None:
-        self._models.pop(model, None)
-        self._arenas = {key: arena for key, arena in self._arenas.items() if key[0] != model}
-
-    def start(self, compiling: Compiling) -> Executor:
-        limits = self._config.scheduler
-        return ResidentExecutor(
-            self._config.topology,
-            self._backends,
-            self._arena,
-            self._plan.places,
-            self._models,
-            most_tokens=max(limits.max_chunk_tokens, limits.max_batch_rows),
-            most_rows=max(limits.max_batch_rows, limits.max_prefill_rows),
-            compiling=compiling,
-        )
-
-
-@contextmanager
-def _threads_of(backend: Backend) -> Iterator[ThreadPoolExecutor]:
-    """A pool on a device's cores, each thread of which computes by itself.
-
-    OpenMP's teams would wait for each other's parts in a loop, which is slow on cores that others use too.
-    """
-
-    def bind() -> None:
-        backend.bind_thread()
-        torch.set_num_threads(1)
-
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(backend.threads, initializer=bind) as threads:
-        yield threads
-    torch.set_num_threads(before)  # It is also what later threads begin with.
-
-
-class ReferenceWorkers:
-    """For the reference kernels: plain torch, one thread a team, and Python between all layer tasks."""
-
-    def __init__(
-        self, topology: Topology, backends: Sequence[Backend], plan: PoolPlan, arena: Tensor
-    ) -> None:
-        self._topology = topology
-        self._arena = arena
-        self._plan = plan
-        self._backends = backends
-        self._specs: dict[ModelIndex, ModelSpec] = {}
-        self._sides: list[dict[ModelIndex, AttentionSide]] = [{} for _ in topology.kv_devices]
-        self._tables = [WeightTable() for _ in topology.weights_devices]
-
-    def put_attention_side(
-        self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
-    ) -> None:
-        """One side per KV device over the same weights, for each keeps tables of its own."""
-        read_in(weights.tensors())
-        self._specs[model] = spec
-        for sides in self._sides:
-            sides[model] = AttentionSide(spec, layout, weights)
-
-    def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
-        read_in(weights.tensors())
-        spec = self._specs[model].layers[layer].ffn
-        devices = self._topology.ffn_devices(layer, self._plan.home(model))
-        for part, device in enumerate(devices):
-            row = WeightRow(spec, shard_ffn(weights, part, len(devices)))
-            self._tables[device].put(model, layer, row)
-
-    def copies(self, spec: ModelSpec) -> bool:
-        return False
-
-    def remove(self, model: ModelIndex) -> None:
-        self._specs.pop(model, None)
-        for sides in self._sides:
-            sides.pop(model, None)
-        for table in self._tables:
-            table.remove(model)
-
-    def start(self, compiling: Compiling) -> Executor:
-        layers: Mapping[ModelIndex, int] = {model: spec.num_layers for model, spec in self._specs.items()}
-        return ThreadedExecutor(
-            self._topology,
-            self._backends,
-            [AttentionWorker(sides, self._arena) for sides in self._sides],
-            [FfnWorker(table) for table in self._tables],
-            layers,
-            MonotonicClock(),
-        )

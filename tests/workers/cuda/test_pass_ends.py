@@ -93,10 +93,7 @@ def random_row(rng: random.Random, number: int, phase: Phase, steps: int) -> Row
     count = 1 if phase is Phase.DECODE else rng.randrange(1, 9)
     steps = rng.randrange(1, steps + 2)
     chunks = LAYOUT.chunks(first + count + steps)
-    pages = tuple(
-        tuple(PageId(rng.choice((-1, FIRST_PAGE + rng.randrange(1000)))) for _ in range(chunks))
-        for _ in range(2)
-    )
+    pages = tuple(tuple(PageId(FIRST_PAGE + rng.randrange(1000)) for _ in range(chunks)) for _ in range(2))
     index = rng.randrange(5)
     choice = TokenChoice(
         params=SamplingParams(

@@ -150,8 +150,8 @@ class Feeder:
         return fed
 
     def _take(self, home: Home) -> bool:
-        """What of the home's lanes has run, and what it has told: in this order, so that nothing that was told
-        is missed of what has run."""
+        """What of the home's lanes has run, and what they have told: in this order, so that nothing is missed
+        of what has run."""
         taken = False
         for lane in home.lanes:
             for unit in lane.units_done():
@@ -185,7 +185,9 @@ class Feeder:
         if row.request in flight.dropped:
             return
         assert row.choice is not None
-        finish, _ = row_after(row, made, token)
+        finish, leaves = row_after(row, made, token)
+        if leaves:
+            flight.gone.add(row.request)
         asked = row.choice.params.logprobs is not None
         logprobs = flight.packed.logprobs(number, made) if asked else None
         delivered = False

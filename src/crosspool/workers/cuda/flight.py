@@ -14,6 +14,7 @@ from crosspool.core.ids import Nanoseconds, RequestId
 from crosspool.workers.cuda.grant import PackedGrant
 from crosspool.workers.cuda.lane_pass import LanePass, Route
 from crosspool.workers.cuda.model import DeviceModel
+from crosspool.workers.grant_rows import tokens_of
 
 
 class FlightLane(Protocol):
@@ -42,6 +43,7 @@ class Flight:
     """``put`` units are in the lane's stream, of which ``queued`` may not have run yet. ``over``: the device
     has said that nothing more will come of it. ``error``: why the grant fails.
 
+    ``dropped`` are requests that the engine wants no more of, and ``gone`` those whose rows have left.
     ``start_by`` and ``passed`` as in core/pick.py, of the next unit. ``ends`` is when the last layer task of
     a chunk is expected to end. ``spans`` are measured times of units.
     """
@@ -62,6 +64,7 @@ class Flight:
     retired: bool = False
     error: str | None = None
     dropped: set[RequestId] = field(default_factory=set)
+    gone: set[RequestId] = field(default_factory=set)
     undelivered: set[RequestId] = field(default_factory=set)
     spans: list[int] = field(default_factory=list)
     made: int = 0
@@ -76,13 +79,23 @@ class Flight:
         return self.grant.steps if self.decoding else 2 * self.model.geometry.num_layers + 1
 
     @property
+    def rows_left(self) -> int:
+        """Rows that the next pass has at most."""
+        return len(self.grant.rows) - len(self.dropped | self.gone)
+
+    @property
+    def queries(self) -> int:
+        """Of the next pass, at most."""
+        return self.rows_left if self.decoding else tokens_of(self.grant)
+
+    @property
     def goes_on(self) -> bool:
         """Whether more of it is to be put into the stream. A recalled grant has one pass at least."""
         if self.over or self.error is not None or self.put == self.units:
             return False
         if self.recalled and self.decoding and self.put > 0:
             return False
-        return len(self.dropped) < len(self.grant.rows)
+        return self.rows_left > 0
 
     @property
     def ended(self) -> bool:

@@ -74,13 +74,8 @@ class Geometry:
         return LayerKv(group, layout.place_of_layer[layer] * size, layout.groups[group].window)
 
 
-def bucket(count: int, least: int = 1) -> int:
-    """The power of two that a pass of ``count`` rows or queries is launched for."""
-    return max(least, 1 << (count - 1).bit_length())
-
-
 def buckets(most: int, least: int = 1) -> tuple[int, ...]:
-    """All buckets up to that of ``most``."""
+    """What passes of up to ``most`` rows or queries are launched for: powers of two."""
     sizes = [least]
     while sizes[-1] < most:
         sizes.append(2 * sizes[-1])

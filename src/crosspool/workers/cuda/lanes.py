@@ -12,7 +12,7 @@ from crosspool.core.batch import Phase
 from crosspool.kernels.triton.grant_words import RECORD_SEQUENCE
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.flight import Flight
-from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, bucket
+from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring
 from crosspool.workers.cuda.lane_pass import LanePass, Route, Track, make_pass
 from crosspool.workers.cuda.model import DeviceModel
@@ -46,7 +46,7 @@ class Lane:
         self._sides = sides
         self._ring = Ring.on(tracks[home].device)
         self._read = 0
-        self._passes: dict[tuple[Geometry, Route, Limits], LanePass] = {}
+        self._passes: dict[tuple[Geometry, Route], list[tuple[Limits, LanePass]]] = {}
         self._units: deque[Unit] = deque()
         self._entered: Flight | None = None
 
@@ -66,7 +66,7 @@ class Lane:
         self, geometry: Geometry, route: Route, limits: Limits, enter: Callable[[LanePass], None]
     ) -> None:
         """Make what passes within these limits need, and record a decode's graphs, after ``enter`` has led
-        the lane to a grant that computes nothing."""
+        the lane to a grant that computes nothing. The smallest limits of a geometry come first."""
         rooms = {team: Room(self._tracks[team].memory, self._tracks[team].zeros) for team in route.teams}
         made = make_pass(
             geometry,
@@ -79,7 +79,7 @@ class Lane:
             rooms,
             self._sides,
         )
-        self._passes[geometry, route, limits] = made
+        self._passes.setdefault((geometry, route), []).append((limits, made))
         enter(made)
         if self.phase is Phase.DECODE:
             made.record()
@@ -89,12 +89,13 @@ class Lane:
         self.bound.add(flight)
         flight.lane = self
         self.track.device.copy(self.track.stream, flight.packed.target, flight.packed.source)
-        flight.lane_pass = self._pass_for(flight)
 
     def put(self, flight: Flight) -> None:
         """Put the flight's next unit into the streams. If that fails, what is there already still counts."""
         device, stream = self.track.device, self.track.stream
         begin = device.record(stream)
+        if flight.decoding or flight.lane_pass is None:
+            flight.lane_pass = self._pass_for(flight)
         try:
             if self._entered is not flight:
                 self._enter(flight)
@@ -153,25 +154,8 @@ class Lane:
         self._entered = flight
 
     def _pass_for(self, flight: Flight) -> LanePass:
-        """The smallest that was prepared for so many rows and queries."""
-        limits = limits_for(
-            self.phase, len(flight.grant.rows), sum(len(row.tokens) for row in flight.grant.rows)
-        )
-        found = [
-            (key[2], lane_pass)
-            for key, lane_pass in self._passes.items()
-            if key[:2] == (flight.model.geometry, flight.route)
-        ]
-        fitting = [
-            (own.queries, own.rows, lane_pass)
-            for own, lane_pass in found
-            if own.rows >= limits.rows and own.queries >= limits.queries
-        ]
-        return min(fitting, key=lambda entry: entry[:2])[2]
-
-
-def limits_for(phase: Phase, rows: int, queries: int) -> Limits:
-    """What a pass is launched for that has so many rows and queries."""
-    if phase is Phase.DECODE:
-        return Limits(bucket(rows), bucket(rows))
-    return Limits(bucket(rows), bucket(queries, LEAST_QUERIES))
+        """The smallest that is large enough. A decode that has lost rows goes on in a smaller one: the device
+        knows of whatever the host has heard from it, or told it."""
+        rows, queries = flight.rows_left, flight.queries
+        prepared = self._passes[flight.model.geometry, flight.route]
+        return next(own for limits, own in prepared if limits.rows >= rows and limits.queries >= queries)

@@ -1,0 +1,174 @@
+"""An engine on GPUs, which here are interpreted: built from checkpoints, it says what the models say; and
+what GPUs cannot do, or have no memory for, is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from crosspool.build import cuda
+from crosspool.build.runtime import build_engine
+from crosspool.core.config import (
+    EngineConfig,
+    Kernels,
+    ModelConfig,
+    PoolConfig,
+    SchedulerConfig,
+    WeightsMemory,
+)
+from crosspool.core.errors import ConfigError, OutOfMemoryError
+from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
+from crosspool.core.request import Request
+from crosspool.core.sampling import SamplingParams
+from crosspool.engine.engine import Engine
+from helpers_devices import InterpretedDevice
+from helpers_models import PagedModel, random_model, save_model
+
+pytestmark = pytest.mark.integration
+
+PROMPT, COUNT = [5, 17, 3, 44], 3
+SMALL = SchedulerConfig(
+    max_batch_rows=2, max_prefill_rows=2, chunk_quantum=16, max_chunk_tokens=16, max_running=4
+)
+
+
+class Card(InterpretedDevice):
+    """A GPU with so much free memory."""
+
+    free_bytes = 1 << 24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    torch.set_num_threads(1)
+    common = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    configs = {
+        "dense": LlamaConfig(**common),
+        "mixture": MixtralConfig(num_local_experts=3, num_experts_per_tok=2, **common),
+    }
+    return {
+        name: save_model(random_model(config, seed), tmp_path_factory.mktemp(name))
+        for seed, (name, config) in enumerate(configs.items())
+    }
+
+
+@pytest.fixture
+def cards(monkeypatch) -> None:
+    def make(names: tuple[str, ...]) -> tuple[Card, ...]:
+        return tuple(Card(name) for name in names)
+
+    monkeypatch.setattr(cuda, "make_cuda_devices", make)
+
+
+def config_of(folders, pools: PoolConfig | None = None, **how) -> EngineConfig:
+    models = tuple(ModelConfig(name, str(folder)) for name, folder in folders.items())
+    devices = {"kv_devices": ("cuda:0",), "weights_devices": ("cuda:0",)}
+    return EngineConfig(models, pools or PoolConfig(), **{"scheduler": SMALL, **devices, **how})
+
+
+@contextmanager
+def built(config: EngineConfig) -> Iterator[Engine]:
+    engine = build_engine(config)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def generate(engine: Engine, models: int) -> list[list[int]]:
+    said: list[list[int]] = [[] for _ in range(models)]
+    for model in range(models):
+        params = SamplingParams(temperature=0, max_tokens=COUNT)
+        engine.add(
+            Request(
+                RequestId(model),
+                ModelIndex(model),
+                tuple(PROMPT),
+                params,
+                COUNT,
+                0,
+                frozenset(),
+                Nanoseconds(0),
+            )
+        )
+    while engine.has_work():
+        for output in engine.step():
+            assert output.error is None
+            said[output.request] += output.token_ids
+        engine.wait(0.05)
+    return said
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [{}, {"weights_devices": ("cuda:1",)}, {"weights_devices": ("cuda:0/1",)}],
+    ids=["one device", "two devices", "two devices of one card"],
+)
+def test_an_engine_says_what_its_models_say(folders, cards, placement):
+    wanted = []
+    for folder in folders.values():
+        model = PagedModel(folder)
+        first = int(model.prefill("it", PROMPT)[-1].argmax())
+        wanted.append(model.greedy("it", first, COUNT)[0])
+    with built(config_of(folders, **placement)) as engine:
+        assert generate(engine, 2) == wanted
+        left = Card.free_bytes * cuda.USABLE / (2 if "/1" in str(placement) else 1)
+        assert 0 < engine.info.kv_pool_bytes < left
+
+
+def test_what_gpus_cannot_do_is_refused(folders, cards):
+    with pytest.raises(ConfigError, match="the reference kernels run on CPU devices only"):
+        build_engine(config_of(folders, kernels=Kernels.REFERENCE))
+    with pytest.raises(ConfigError, match="weights_memory huge is about CPU devices"):
+        build_engine(config_of(folders, PoolConfig(weights_memory=WeightsMemory.HUGE)))
+    with pytest.raises(ConfigError, match="takes one KV device, not cuda:0, cuda:1"):
+        build_engine(config_of(folders, kv_devices=("cuda:0", "cuda:1")))
+    with pytest.raises(ConfigError, match="devices of one kind are needed, not cuda:0, cpu:0"):
+        build_engine(config_of(folders, weights_devices=("cpu:0",)))
+    int8 = ModelConfig("int8", str(folders["dense"]), weights_dtype="int8")
+    with pytest.raises(ConfigError, match="model int8: weights_dtype int8 needs CPU devices"):
+        build_engine(EngineConfig((int8,), kv_devices=("cuda:0",), weights_devices=("cuda:0",)))
+
+
+def test_what_does_not_fit_is_refused_in_bytes(folders, cards, monkeypatch):
+    with pytest.raises(OutOfMemoryError, match="device_bytes of cuda:0") as error:
+        build_engine(config_of(folders, PoolConfig(device_bytes=1 << 24)))
+    assert error.value.needed == 1 << 24 > error.value.free > 0
+    with pytest.raises(OutOfMemoryError, match="lanes and grants on cuda:0"):
+        build_engine(config_of(folders, PoolConfig(device_bytes=1 << 16)))
+    with pytest.raises(OutOfMemoryError, match="the pools do not fit"):
+        build_engine(config_of(folders, PoolConfig(kv_pool_bytes=1 << 24)))
+
+
+def test_arenas_are_large_enough_and_hardly_larger(folders, cards, monkeypatch):
+    arenas = []
+    make = cuda.WeightsArena
+
+    def noting(device, size):
+        arenas.append(make(device, size))
+        return arenas[-1]
+
+    monkeypatch.setattr(cuda, "WeightsArena", noting)
+    with built(config_of(folders, weights_devices=("cuda:0", "cuda:1"))):
+        for arena in arenas:
+            memory = arena.room._memory.numel()
+            between = 2 * 256 * (cuda.TENSORS_PER_LAYER * 3 + 2) + 8 * 32
+            assert memory - between <= arena.room.used <= memory
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="about a PyTorch without CUDA")
+def test_without_cuda_the_error_says_so(folders):
+    with pytest.raises(ConfigError, match=r"device cuda:0: this PyTorch \(.*\) is built without CUDA"):
+        build_engine(config_of(folders))
