@@ -1,11 +1,11 @@
-"""What CrossPool does on a GPU, in ten minutes: is every kernel right, and how near are they to what the card can
-do. Prints a table and writes one JSON.
+"""What CrossPool does on a GPU, in ten minutes: is every kernel right, and how near are all to what the card
+can do. Prints a table and writes one JSON.
 
     PYTHONPATH=src python scripts/gpu_check.py [--seconds 540] [--only ffn] [--json FILE]
 
-It runs from a source tree and needs torch, triton, numpy and safetensors. Without a GPU it ends with status 2;
-there, --interpret runs its own code on the CPU with tiny shapes, and no time that it then prints means anything.
-See benchmarks/gpu.
+It runs from a source tree and needs torch, triton, numpy and safetensors. Without a GPU it ends with status
+2; there, --interpret runs its own code on the CPU with tiny shapes, and no time that it then prints means
+anything. See benchmarks/gpu.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def project(gpu: Gpu, projection: Projection, rows: int, dtype: torch.dtype) -> 
 
 
 def choose(gpu: Gpu, routing: Routing, hidden: int, rows: int, dtype: torch.dtype) -> list[Figure]:
-    """Logits that are nearly equal may be ordered otherwise in float32 than in float64, at most in a few."""
+    """Equal but for logits that float32 and float64 order differently, should there be such."""
     weight, x = (
         normal(gpu, size, hidden, dtype=dtype, of=of) for size, of in ((routing.experts, hidden), (rows, 1))
     )
@@ -134,12 +134,11 @@ def reference_choice(
 def feed(gpu: Gpu, geometry: FfnGeometry, rows: int, dtype: torch.dtype) -> list[Figure]:
     routing, hidden, chip = geometry.routing, geometry.hidden, gpu.device.chip
     table: dict[int, Any] = {}
-    experts = matrices(
-        gpu, geometry, routing.experts if routing else 1, geometry.width, words.GATE_UP, dtype, table
-    )
+    make, number = partial(matrices, gpu, table, geometry, dtype), routing.experts if routing else 1
+    experts = make(words.GATE_UP, number, geometry.width)
     shared = None
     if geometry.shared_width:
-        (shared,) = matrices(gpu, geometry, 1, geometry.shared_width, words.SHARED_GATE_UP, dtype, table)
+        (shared,) = make(words.SHARED_GATE_UP, 1, geometry.shared_width)
     if routing:
         table[words.ROUTER] = normal(gpu, routing.experts, hidden, dtype=dtype, of=hidden)
     x = normal(gpu, rows, hidden, dtype=dtype)
@@ -156,12 +155,12 @@ def feed(gpu: Gpu, geometry: FfnGeometry, rows: int, dtype: torch.dtype) -> list
 
 def matrices(
     gpu: Gpu,
+    table: dict[int, Any],
     geometry: FfnGeometry,
+    dtype: torch.dtype,
+    word: int,
     count: int,
     width: int,
-    word: int,
-    dtype: torch.dtype,
-    table: dict[int, Any],
 ) -> list[ExpertWeights]:
     """Random experts in the table, and in float32 for the reference."""
     hidden = geometry.hidden
@@ -185,7 +184,6 @@ def cases(gpu: Gpu) -> list[Case]:
         made.append(Case(name, partial(run, gpu, *arguments)))
 
     tiny = gpu.interpreted
-    some = (3,) if tiny else (1, 8, 32, 300)
     sizes = (45,) if tiny else (2048, 45)
     projections = ODD_PROJECTIONS if tiny else PROJECTIONS | ODD_PROJECTIONS
     routings, ffns = (ODD_ROUTINGS, ODD_FFNS) if tiny else (ROUTINGS | ODD_ROUTINGS, FFNS | ODD_FFNS)
@@ -193,7 +191,7 @@ def cases(gpu: Gpu) -> list[Case]:
         for size in sizes:
             add(f"norms of {size}, {name_of(dtype)}", norms, size, dtype)
             add(f"parts of {size}, {name_of(dtype)}", parts, size, dtype)
-        for rows in some:
+        for rows in (3,) if tiny else (8, 32, 300) if dtype is torch.bfloat16 else (8,):
             of = f"{rows} rows, {name_of(dtype)}"
             for name, projection in projections.items():
                 if rows < 300 or not projection.of_lane:

@@ -1,7 +1,7 @@
 """Models at real geometries whose weights are random numbers, made where they stay.
 
-They are loaded as any checkpoint is, but for two things: the checkpoint has shapes and no numbers, and the arena
-fills what it is given without numbers.
+They are loaded as any checkpoint is, but for two things: the checkpoint has shapes and no numbers, and the
+arena fills what it is given without numbers.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class ShapesOnly:
 
 
 class RandomArena(WeightsArena):
-    """Fills what has no memory with normal numbers of variance 1 / inputs, which keeps activations near 1, and
-    vectors, which are norms, with 1."""
+    """Fills what has no memory with normal numbers of variance 1 / inputs, which keeps activations near 1,
+    and vectors, which are norms, with 1."""
 
     def __init__(self, device: Any, size: int) -> None:
         super().__init__(device, size)

@@ -11,7 +11,7 @@ from gpu.results import DONE, FAILED, Outcome
 
 
 class Report:
-    """``about`` is the machine. Times of interpreted kernels are marked as meaningless, and meet no target."""
+    """``about`` is the machine. Times of interpreted kernels are marked as meaningless."""
 
     def __init__(self, file: Path, *, interpreted: bool) -> None:
         self._file = file

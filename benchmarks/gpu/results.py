@@ -55,8 +55,8 @@ DONE, FAILED, NOT_MEASURED = "done", "failed", "not measured"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a case. ``reason`` is why it has no figures, ``details`` a traceback or what a process that
-    died has said."""
+    """What became of a case. ``reason`` is why it has no figures, ``details`` a traceback or what a
+    process that died has said."""
 
     section: str
     case: str
