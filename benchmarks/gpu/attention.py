@@ -6,10 +6,8 @@ are a power of two, or odd, as pages that models share make them.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from crosspool.core.batch import Phase
@@ -80,9 +78,8 @@ def measure(gpu: Gpu, spec: ModelSpec, context: int, tokens_per_page: int) -> li
 def cases(gpu: Gpu) -> list[Case]:
     made = []
     for kind, name in KINDS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            changes = TINY[kind] if gpu.interpreted else {}
-            spec = spec_of(write_config(Path(folder), name, **changes))
+        changes = TINY[kind] if gpu.interpreted else {}
+        spec = spec_of(write_config(gpu.folder / name, name, **changes))
         contexts = (300,) if gpu.interpreted else CONTEXTS
         for context in contexts:
             for tokens in TOKENS_PER_PAGE:

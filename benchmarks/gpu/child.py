@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from gpu.device import Gpu, NoGpuError, make_gpu
+from gpu.device import Gpu, NoGpuError, open_gpu
 from gpu.results import DONE, FAILED, NOT_MEASURED, Case, NotMeasured, Outcome
 
 NO_GPU, LOST = 2, 4
@@ -66,20 +66,20 @@ def main() -> int:
     parser.add_argument("--interpret", action="store_true")
     options = parser.parse_args()
     try:
-        gpu = make_gpu(interpreted=options.interpret)
+        with open_gpu(interpreted=options.interpret) as gpu:
+            module = import_module(f"gpu.{options.section}")
+            if hasattr(module, "describe"):
+                _say({"about": module.describe()})
+            cases = module.cases(gpu)
+            alive = run_cases(gpu, options.section, cases, _say, options.skip, options.seconds)
     except NoGpuError as error:
         print(error, file=sys.stderr)
         return NO_GPU
-    out = sys.stdout
-
-    def say(line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=out, flush=True)
-
-    module = import_module(f"gpu.{options.section}")
-    if hasattr(module, "describe"):
-        say({"about": module.describe()})
-    alive = run_cases(gpu, options.section, module.cases(gpu), say, options.skip, options.seconds)
     return 0 if alive else LOST
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

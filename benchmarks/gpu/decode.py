@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.ids import Nanoseconds
 from crosspool.core.spec import ModelSpec
 from crosspool.engine.engine import Engine
 from gpu.device import Gpu
-from gpu.models import spec_of, start_engine, write_config
+from gpu.models import free_memory, spec_of, start_engine, write_config
 from gpu.results import Case, Figure, NotMeasured, at_most
 from gpu.serving import gaps_while_all_decode, host_time, random_request, serve
 
@@ -51,12 +46,11 @@ class Model:
         self._engine: Engine | None = None
         self.rng = random.Random(0)
         tiny = gpu.interpreted
-        self.context, self.output, self.prompt = (6, 3, 10) if tiny else (1024, 192, 8192)
+        self.context, self.output, self.prompt = (6, 3, 10) if tiny else (1024, 512, 8192)
         self.batches = (2,) if tiny else BATCHES
-        self._folder = tempfile.TemporaryDirectory()
-        path = write_config(Path(self._folder.name) / "it", "qwen3-30b-a3b", **(SMALL if tiny else {}))
+        path = write_config(gpu.folder / "it", "qwen3-30b-a3b", **(SMALL if tiny else {}))
         self.spec: ModelSpec = spec_of(path)
-        chunk = 16 if tiny else 8192
+        chunk = 32 if tiny else 8192
         self._config = EngineConfig(
             (ModelConfig("it", str(path)),),
             PoolConfig(kv_pool_bytes=1 << (18 if tiny else 33), prefix_cache=False),
@@ -73,7 +67,11 @@ class Model:
 
     @property
     def engine(self) -> Engine:
+        """It says at its end whether anything was allocated on the device meanwhile, so the limits that need
+        memory are measured before."""
         if self._engine is None:
+            _ = self._gpu.copy_bandwidth, self._gpu.matmul_peak
+            free_memory(self._gpu)
             self._engine = start_engine(self._gpu, self._config)
         return self._engine
 
@@ -84,14 +82,7 @@ class Model:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        self._folder.cleanup()
         free_memory(self._gpu)
-
-
-def free_memory(gpu: Gpu) -> None:
-    gc.collect()
-    if not gpu.interpreted:
-        torch.cuda.empty_cache()
 
 
 def bytes_of_step(spec: ModelSpec, rows: int, context: float) -> float:
@@ -109,7 +100,8 @@ def bytes_of_step(spec: ModelSpec, rows: int, context: float) -> float:
 
 
 def tbt(gpu: Gpu, model: Model, rows: int) -> list[Figure]:
-    serve(model.engine, model.requests(rows, model.context, 3))
+    if not gpu.interpreted:
+        serve(model.engine, model.requests(rows, model.context, 3))
     times = serve(model.engine, model.requests(rows, model.context, model.output))
     gaps = sorted(gaps_while_all_decode(times))
     if not gaps:
@@ -142,7 +134,8 @@ def host(gpu: Gpu, model: Model) -> list[Figure]:
 
 def prefill(gpu: Gpu, model: Model) -> list[Figure]:
     spec, prompt = model.spec, model.prompt
-    serve(model.engine, model.requests(1, prompt, 1))
+    if not gpu.interpreted:
+        serve(model.engine, model.requests(1, prompt, 1))
     spans = []
     for _ in range(1 if gpu.interpreted else 5):
         (times,) = serve(model.engine, model.requests(1, prompt, 1)).values()

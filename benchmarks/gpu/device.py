@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,24 +25,31 @@ class NoGpuError(Exception):
     """There is no GPU that can be measured."""
 
 
-def make_gpu(*, interpreted: bool) -> Gpu:
+@contextmanager
+def open_gpu(*, interpreted: bool) -> Iterator[Gpu]:
     """Raises NoGpuError, and says why."""
+    with TemporaryDirectory() as folder:
+        yield Gpu(_device(interpreted), Path(folder), interpreted=interpreted)
+
+
+def _device(interpreted: bool) -> Any:
     if interpreted:
         from gpu.interpreted import CpuDevice
 
-        return Gpu(CpuDevice("cuda:0"), interpreted=True)
+        return CpuDevice("cuda:0")
     try:
-        return Gpu(make_cuda_devices(("cuda:0",))[0], interpreted=False)
+        return make_cuda_devices(("cuda:0",))[0]
     except CrossPoolError as error:
         raise NoGpuError(f"there is no GPU to measure: {error}") from error
 
 
 class Gpu:
-    """``device`` is what backends/device.py says. ``at`` is where its tensors are. With ``interpreted``,
-    sizes are tiny and times mean nothing."""
+    """``device`` is what backends/device.py says. ``at`` is where its tensors are, ``folder`` is for
+    configs of models. With ``interpreted``, sizes are tiny and times mean nothing."""
 
-    def __init__(self, device: Any, *, interpreted: bool) -> None:
+    def __init__(self, device: Any, folder: Path, *, interpreted: bool) -> None:
         self.device = device
+        self.folder = folder
         self.interpreted = interpreted
         self.at = torch.device("cpu" if interpreted else device.physical)
         self.stream = device.stream(urgent=True)

@@ -6,10 +6,8 @@ the experts that were chosen, each read once.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,9 +74,8 @@ def _bytes(spec: ModelSpec, layer: int, experts: int) -> int:
 def cases(gpu: Gpu) -> list[Case]:
     @cache
     def loaded() -> LoadedModel:
-        with tempfile.TemporaryDirectory() as folder:
-            changes = TINY if gpu.interpreted else GEOMETRY
-            return LoadedModel(gpu, spec_of(write_config(Path(folder), "qwen3-30b-a3b", **changes)))
+        changes = TINY if gpu.interpreted else GEOMETRY
+        return LoadedModel(gpu, spec_of(write_config(gpu.folder / "ffn", "qwen3-30b-a3b", **changes)))
 
     def rows(count: int) -> list[Figure]:
         layers = Layers(gpu, loaded(), count)

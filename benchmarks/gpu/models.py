@@ -6,6 +6,7 @@ arena fills what it is given without numbers.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -105,6 +106,13 @@ def random_weights(gpu: Gpu) -> Iterator[None]:
 def start_engine(gpu: Gpu, config: EngineConfig) -> Engine:
     with random_weights(gpu):
         return build_engine(config)
+
+
+def free_memory(gpu: Gpu) -> None:
+    """Of engines and tensors that nobody has any more, before something large is made."""
+    gc.collect()
+    if not gpu.interpreted:
+        torch.cuda.empty_cache()
 
 
 class LoadedModel:

@@ -107,20 +107,19 @@ class Runner:
         session = Session(section, skip)
         options = [section, "--skip", str(skip), "--seconds", f"{seconds:.1f}"]
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(
-                [*self._command, *options],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=_environment(),
-            )
+            how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            process = subprocess.Popen([*self._command, *options], env=_environment(), **how)
             assert process.stdout is not None
+            lines, reader = _lines(process.stdout)
             try:
-                self._listen(session, _lines(process.stdout), time.monotonic() + seconds)
-            finally:
+                self._listen(session, lines, time.monotonic() + seconds)
                 if session.hung:
                     process.kill()
                 session.status = process.wait()
+            finally:
+                process.kill()
+                reader.join()
+                process.stdout.close()
             errors.seek(0)
             session.errors = errors.read()[-4000:]
         return session
@@ -170,8 +169,8 @@ def _parsed(line: str) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _lines(source: IO[str]) -> queue.Queue[str | None]:
-    """Lines as they come, then None."""
+def _lines(source: IO[str]) -> tuple[queue.Queue[str | None], threading.Thread]:
+    """Lines as they come, then None; and the thread that reads them."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -179,8 +178,9 @@ def _lines(source: IO[str]) -> queue.Queue[str | None]:
             lines.put(line)
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
-    return lines
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return lines, thread
 
 
 def _environment() -> dict[str, str]:

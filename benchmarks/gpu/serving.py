@@ -100,8 +100,8 @@ class _Pipe:
 
 
 def host_time(engine: Engine, requests: list[Request]) -> HostTime:
-    """While all decode and their tokens go into a pipe, as they do in a server: from the first moment at which
-    each has a token, until the first request ends. Afterwards tokens come through the engine again."""
+    """While all decode and their tokens go into a pipe, as they do in a server: from the moment at which each
+    has a token, until the first request ends. Afterwards tokens come through the engine again."""
     pipe = _Pipe()
     engine.stream_to(pipe.writer)
     for request in requests:

@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import statistics
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from crosspool.core.config import EngineConfig, Mode, ModelConfig, PoolConfig, S
 from crosspool.core.ids import ModelIndex, Nanoseconds
 from crosspool.workers.cuda.home import HomePlan, LanesOf
 from crosspool.workers.cuda.lane_pass import LanePass
-from gpu.decode import SMALL, free_memory
+from gpu.decode import SMALL
 from gpu.device import Gpu
-from gpu.models import random_weights, spec_of, start_engine, write_config
+from gpu.models import free_memory, random_weights, spec_of, start_engine, write_config
 from gpu.results import Case, Figure, NotMeasured
 from gpu.serving import gaps_while_all_decode, random_request, serve
 
@@ -51,7 +50,7 @@ def window_for(models: int, interpreted: bool) -> Window:
     """The burst goes to model 0, the others' requests to all in turn as the trace has them."""
     columns = {name: np.array(values) for name, values in json.loads(WINDOW.read_text()).items()}
     if interpreted:
-        some = np.concatenate([np.flatnonzero(columns["burst"] == kind)[:2] for kind in (0, 1)])
+        some = np.concatenate([np.flatnonzero(columns["burst"] == kind)[:1] for kind in (0, 1)])
         columns = {name: values[np.sort(some)] for name, values in columns.items()}
         columns["output_tokens"] = np.full(len(some), 3)
     models_of = np.where(columns["burst"] == 1, 0, columns["model_index"] % models)
@@ -77,7 +76,7 @@ class Zoo:
 
     def config(self, mode: Mode, device_bytes: int | None = None, **scheduler: Any) -> EngineConfig:
         kv, weights = (DEVICES[:1], DEVICES[1:]) if mode is Mode.CROSSPOOL else (DEVICES, DEVICES)
-        tiny = {"max_batch_rows": 2, "max_prefill_rows": 2, "max_chunk_tokens": 16, "max_running": 8}
+        tiny = {"max_batch_rows": 2, "max_prefill_rows": 2, "max_chunk_tokens": 32, "max_running": 8}
         limits = {"max_chunk_tokens": 2048, "max_running": 64, "chunk_layer_cost": Nanoseconds(2_000_000)}
         limits |= {"tbt_target": Nanoseconds(10_000_000), "chunk_quantum": 16}
         limits |= (tiny if self.gpu.interpreted else {}) | scheduler
@@ -116,6 +115,7 @@ class Zoo:
 
 
 def mode_figures(zoo: Zoo, mode: Mode) -> list[Figure]:
+    free_memory(zoo.gpu)
     if zoo.device_bytes * len(DEVICES) > zoo.gpu.device.free_bytes * 0.95:
         raise NotMeasured(f"two devices of {zoo.device_bytes:,} bytes do not fit")
     engine = start_engine(zoo.gpu, zoo.config(mode, zoo.device_bytes))
@@ -130,7 +130,6 @@ def mode_figures(zoo: Zoo, mode: Mode) -> list[Figure]:
         pool = engine.info.kv_pool_bytes
     finally:
         engine.close()
-        free_memory(zoo.gpu)
     if not outcome.gaps or not outcome.waits:
         raise NotMeasured("no tokens followed each other while the burst went on")
     found = summary([outcome])
@@ -178,6 +177,7 @@ VARIANTS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
 
 def ablation(zoo: Zoo, variant: Callable[[ExitStack], dict[str, Any]]) -> list[Figure]:
     """Two streams of each model at once."""
+    free_memory(zoo.gpu)
     rng, tiny = random.Random(0), zoo.gpu.interpreted
     prompt, output = (4, 3) if tiny else (256, 128)
     with ExitStack() as stack:
@@ -186,11 +186,8 @@ def ablation(zoo: Zoo, variant: Callable[[ExitStack], dict[str, Any]]) -> list[F
     try:
         figures = []
         for _ in range(1 if tiny else 2):
-            wanted = [
-                random_request(engine, rng, prompt, output, model)
-                for model in range(zoo.models)
-                for _ in "ab"
-            ]
+            models = [model for model in range(zoo.models) for _ in range(2)]
+            wanted = [random_request(engine, rng, prompt, output, model) for model in models]
             gaps = gaps_while_all_decode(serve(engine, wanted))
             if gaps:
                 figures = [
@@ -199,27 +196,20 @@ def ablation(zoo: Zoo, variant: Callable[[ExitStack], dict[str, Any]]) -> list[F
                 ]
     finally:
         engine.close()
-        free_memory(zoo.gpu)
     if not figures:
         raise NotMeasured("requests did not decode at the same time")
     return figures
 
 
 def cases(gpu: Gpu) -> list[Case]:
-    made, folder = [], tempfile.TemporaryDirectory()
+    made = []
     for count in (2,) if gpu.interpreted else (2, 3):
-        zoo = Zoo(gpu, Path(folder.name) / f"{count}", count)
-        for mode in (Mode.CROSSPOOL, Mode.MONOLITHIC, Mode.STATIC):
-            run = partial(_keeping, folder, partial(mode_figures, zoo, mode))
+        zoo = Zoo(gpu, gpu.folder / f"{count}", count)
+        modes = (Mode.CROSSPOOL, Mode.MONOLITHIC, Mode.STATIC)
+        for mode in modes[::2] if gpu.interpreted else modes:
+            run = partial(mode_figures, zoo, mode)
             made.append(Case(f"{count} models, {mode}", run, 120))
         if count == 2:
-            some = ("whole", "a step a grant") if gpu.interpreted else VARIANTS
-            for name in some:
-                run = partial(_keeping, folder, partial(ablation, zoo, VARIANTS[name]))
-                made.append(Case(f"ablation: {name}", run, 90))
+            some = ("without graphs",) if gpu.interpreted else VARIANTS
+            made += [Case(f"ablation: {name}", partial(ablation, zoo, VARIANTS[name]), 90) for name in some]
     return sorted(made, key=lambda case: case.name.startswith("ablation"))
-
-
-def _keeping(folder: object, run: Callable[[], list[Figure]]) -> list[Figure]:
-    """The folder is there as long as a case may run."""
-    return run()

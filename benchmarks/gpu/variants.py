@@ -3,7 +3,6 @@ their matrices are small, for only the number of launches counts."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.engine.engine import Engine
 from gpu.device import Gpu
-from gpu.models import start_engine, write_config
+from gpu.models import free_memory, start_engine, write_config
 from gpu.results import Figure, at_most
 
 MOST_BYTES = 2 << 30
@@ -53,11 +52,11 @@ def graphs_of(engine: Engine) -> int:
 
 def variants(gpu: Gpu) -> list[Figure]:
     """What the engine takes from the card beside its tensors: graphs, and the code of kernels."""
+    free_memory(gpu)
     reserved = (lambda: 0) if gpu.interpreted else torch.cuda.memory_reserved
     before, tensors = gpu.device.free_bytes, reserved()
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        engine = start_engine(gpu, config(gpu, Path(folder)))
+    engine = start_engine(gpu, config(gpu, gpu.folder / "variants"))
     took = time.perf_counter() - begin
     try:
         taken = before - gpu.device.free_bytes - (reserved() - tensors)
