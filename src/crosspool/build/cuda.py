@@ -119,7 +119,11 @@ def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device])
     between = sum(bytes_between(spec) for spec in specs.values())
     needed = [between] * len(devices)
     for home, own in keys.items():
-        for team, size in home_plan(config, devices, home, own).device_bytes().items():
+        try:
+            sizes = home_plan(config, devices, home, own).device_bytes()
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"no kernels for GPUs: {error}") from error
+        for team, size in sizes.items():
             needed[team] += size
     return needed
 

@@ -82,7 +82,7 @@ PrefixCache = Annotated[
 ]
 KvDevices = Annotated[
     str | None,
-    typer.Option(metavar="LIST", help="Devices of the KV pool, for instance cpu:0."),
+    typer.Option(metavar="LIST", help="Devices of the KV pool, for instance cpu:0 or cuda:0."),
 ]
 WeightsDevices = Annotated[
     str | None,

@@ -77,22 +77,36 @@ def test_a_row_that_does_not_live_is_left_alone() -> None:
     assert torch.equal(out[[0, 2, 3, 4]], decoded(rows)[[0, 2, 3, 4]])
 
 
-@pytest.mark.parametrize("name", ["groups of 8", "narrow"])
-def test_a_context_on_several_devices(name: str) -> None:
-    """Each device knows only its own pages, as page tables of a whole pool's request say; one has none."""
-    rows = Rows([(599, 1), (300, 1)], SHAPES[name], torch.float32)
+def decoded_on_devices(rows: Rows, owner: Tensor) -> Tensor:
+    """Each of three devices knows only its own pages, as the page tables of a whole pool's request say."""
     query, out = rows.room()
-    batch = rows.batch()
+    batch, kv = rows.batch(), rows.arena.kv(rows.window)
     states = States.room(rows.shape, len(query), 700, 3, DEVICE)
     states.sums.fill_(torch.nan)
     states.scores.fill_(torch.nan)
-    owner = torch.randint(0, 2, batch.pages.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    owner[0, 1, 20:] = 0
     for part in range(3):
-        own = batch._replace(pages=batch.pages.where(owner == part, -1))
-        attend_blocks(own, rows.arena.kv(), rows.shape, query, states.part(part), 2)
-    merge_states(batch, states, 0, out)
-    rows.assert_near(out)
+        pages = batch.pages.where(owner.to(DEVICE) == part, -1)
+        attend_blocks(batch._replace(pages=pages), kv, rows.shape, query, states.part(part), 2)
+    merge_states(batch, states, rows.window, out)
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("name", ["groups of 3", "narrow"])
+def test_a_context_on_several_devices(name: str, window: int) -> None:
+    """One of them has nothing of any context, and one nothing of a row's last blocks."""
+    rows = Rows(ROWS, SHAPES[name], torch.float32, window=window)
+    owner = torch.randint(0, 2, rows.batch().pages.shape, generator=torch.Generator().manual_seed(2))
+    owner[4, 1, 20:] = 0
+    rows.assert_near(decoded_on_devices(rows, owner))
+
+
+@pytest.mark.parametrize("name", ["groups of 3", "narrow"])
+def test_blocks_on_several_devices_give_the_same_bits(name: str) -> None:
+    rows = Rows(ROWS, SHAPES[name], torch.bfloat16, tokens_per_page=32)
+    chunks = torch.arange(rows.batch().pages.shape[-1])
+    owner = (chunks * 32 // 256 % 2).expand(rows.batch().pages.shape)
+    assert torch.equal(decoded_on_devices(rows, owner), decoded(rows))
 
 
 def launch(shape: AttentionShape) -> None:

@@ -13,7 +13,7 @@ from crosspool.kernels.float8 import dequantise_fp8, quantise_fp8
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.triton import words
 from crosspool.kernels.triton.ffn import ffn
-from crosspool.kernels.triton.ffn_plan import FfnGeometry, ffn_room, plan_ffn
+from crosspool.kernels.triton.ffn_plan import FfnGeometry, FfnPlan, FfnRoom, ffn_room, plan_ffn
 from crosspool.kernels.triton.gate import ACTIVATIONS
 from crosspool.kernels.triton.router import Routing
 from crosspool.kernels.triton.tiles import Chip
@@ -83,6 +83,15 @@ def expected(geometry: FfnGeometry, layer: Layer, x: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
+def room_of(plan: FfnPlan) -> FfnRoom:
+    """A room that holds anything, but for the zeros that it must hold."""
+    room = ffn_room(plan, DEVICE)
+    for tensor in (*room, *room.pairs, room.router.parts):
+        if isinstance(tensor, Tensor):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+    return room
+
+
 def compute(
     geometry: FfnGeometry,
     lane: Lane,
@@ -91,6 +100,7 @@ def compute(
     layer: int = 0,
     chip: Chip = CHIP,
     spread: bool = True,
+    room: FfnRoom | None = None,
 ) -> Tensor:
     """The rows that x has, from launches for ``capacity``; the others must stay as they are. Parts of sums
     are in one program unless they may be ``spread``."""
@@ -102,7 +112,7 @@ def compute(
     padded = torch.full((capacity, geometry.hidden), float("nan"), dtype=x.dtype, device=DEVICE)
     padded[: len(x)] = x
     out = torch.full_like(padded, 7.0)
-    ffn(plan, lane.words, layer, padded, out, ffn_room(plan, DEVICE))
+    ffn(plan, lane.words, layer, padded, out, room or room_of(plan))
     assert out[len(x) :].eq(7).all()
     return out[: len(x)]
 
@@ -183,12 +193,15 @@ IN_PARTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("geometry", IN_PARTS.values(), ids=IN_PARTS)
-def test_a_token_is_the_same_alone_and_in_any_company_and_room(geometry: FfnGeometry) -> None:
+def test_a_token_is_the_same_alone_and_in_any_company_and_room(
+    geometry: FfnGeometry, dtype: torch.dtype
+) -> None:
     """Larger rooms have larger tiles, and the parts of sums in one program."""
-    plan = plan_ffn(geometry, 20, torch.bfloat16, CHIP)
+    plan = plan_ffn(geometry, 20, dtype, CHIP)
     assert plan.routed.spread or plan.common.spread
-    layer, x = layer_of(geometry, torch.bfloat16), hidden_states(17, geometry.hidden, torch.bfloat16)
+    layer, x = layer_of(geometry, dtype), hidden_states(17, geometry.hidden, dtype)
     lane = Lane([layer.words], {})
     together = compute(geometry, lane, x)
     assert torch.equal(compute(geometry, lane, x[13:14], capacity=1), together[13:14])
@@ -209,6 +222,17 @@ def test_lanes_run_models_of_their_own_from_the_same_launches() -> None:
             assert_close(results[-1], expected(geometry, layers[2 * number + layer], x), torch.bfloat16)
     lanes[0].words.copy_(lanes[1].words)
     assert torch.equal(compute(geometry, lanes[0], x, layer=1), results[3])
+
+
+def test_a_room_serves_one_pass_after_another() -> None:
+    """Of models, layers and numbers of tokens that differ."""
+    geometry = GEOMETRIES["shared"]
+    lanes = [Lane([layer_of(geometry, torch.bfloat16, seed).words], {}) for seed in range(2)]
+    room = room_of(plan_ffn(geometry, 20, torch.bfloat16, CHIP))
+    for tokens, lane in ((17, lanes[0]), (2, lanes[1]), (1, lanes[0]), (20, lanes[1])):
+        x = hidden_states(tokens, geometry.hidden, torch.bfloat16, seed=tokens)
+        assert torch.equal(compute(geometry, lane, x, room=room), compute(geometry, lane, x))
+    assert room.router.arrivals.eq(0).all()
 
 
 def biased_to(experts: list[int], geometry: FfnGeometry, layer: Layer) -> None:
@@ -252,6 +276,17 @@ def test_experts_are_added_in_float32_in_the_order_of_their_ids() -> None:
         assert compute(geometry, Lane([layer.words], {}), x).eq(left).all()
 
 
+def test_a_running_sum_is_not_rounded() -> None:
+    """Of seven equal experts at a seventh each nothing is lost: the sum is one expert's result."""
+    geometry = FfnGeometry(48, 24, routing=Routing(7, 7))
+    layer, x = layer_of(geometry, torch.bfloat16), hidden_states(5, 48, torch.bfloat16)
+    for word in (words.GATE_UP, words.EXPERT_DOWN):
+        layer.words[word][:] = layer.words[word][0].clone()
+    layer.words[words.ROUTER].zero_()
+    result = compute(geometry, Lane([layer.words], {}), x)
+    assert torch.equal(result, compute(FfnGeometry(48, 24), Lane([layer.words], {}), x))
+
+
 def test_shards_are_parts_of_the_whole() -> None:
     whole = FfnGeometry(48, 40, routing=Routing(5, 2), shared_width=16)
     layer, x = layer_of(whole, torch.float32), hidden_states(4, 48, torch.float32)
@@ -271,5 +306,7 @@ def test_shards_are_parts_of_the_whole() -> None:
 def test_what_nobody_wrote_is_refused() -> None:
     with pytest.raises(KeyError, match="swish"):
         plan_ffn(FfnGeometry(48, 24, "swish"), 1, torch.bfloat16, CHIP)
+    with pytest.raises(ValueError, match="an FFN of 0 columns, and 16 shared"):
+        plan_ffn(FfnGeometry(48, 0, routing=Routing(5, 2), shared_width=16), 1, torch.bfloat16, CHIP)
     with pytest.raises(ValueError, match="top 6 of 5 experts"):
         plan_ffn(FfnGeometry(48, 24, routing=Routing(5, 6)), 1, torch.bfloat16, CHIP)

@@ -23,7 +23,7 @@ ROWS = [(0, 3), (100_016, 1), (32, 5), (16, 1)]
 """First positions and queries; no page is there for what is before."""
 TOKENS = 17
 GAIN = 1.25
-EPSILON = 1e-5
+EPSILON = 0.25
 
 
 @dataclass(frozen=True)

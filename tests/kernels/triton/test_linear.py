@@ -67,14 +67,14 @@ def test_a_row_is_the_same_alone_and_in_any_company_and_room(
     projection: Projection, dtype: torch.dtype
 ) -> None:
     """The largest room has the parts of a sum in one program, and so needs none for them."""
-    rooms = [len(room_of(IN_PARTS, capacity, dtype).parts) for capacity in (1, 40, 4096)]
+    rooms = [len(room_of(IN_PARTS, capacity, dtype).parts) for capacity in (1, 40, 1024)]
     assert rooms == [2 * IN_PARTS.outputs, 80 * IN_PARTS.outputs, 0]
     lane = Lane([{projection.word: random(projection.outputs, projection.inputs, seed=0, dtype=dtype)}], {})
     x = random(17, projection.inputs, seed=1, dtype=dtype)
     together = project(projection, lane, x)
     assert torch.equal(project(projection, lane, x[13:14], capacity=1), together[13:14])
     assert torch.equal(project(projection, lane, x[5:9], capacity=40), together[5:9])
-    assert torch.equal(project(projection, lane, x, capacity=4096), together)
+    assert torch.equal(project(projection, lane, x, capacity=1024), together)
 
 
 def test_lanes_run_models_of_their_own() -> None:

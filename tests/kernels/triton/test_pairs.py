@@ -78,8 +78,9 @@ def test_so_many_blocks_there_can_be(pairs: int, experts: int, tokens: int) -> N
 
 @needs_interpreter
 @pytest.mark.parametrize("target", ALL_TARGETS, ids=str)
-def test_it_builds_well(target: Target) -> None:
+@pytest.mark.parametrize("experts", [128, 512])
+def test_it_builds_well(experts: int, target: Target) -> None:
     chosen = torch.empty(512, 8, dtype=torch.int32)
-    room = pairs_room(512, 128, 8, 16, torch.device("cpu"))
+    room = pairs_room(512, experts, 8, 16, torch.device("cpu"))
     lane = torch.empty(LANE_WORDS, dtype=torch.int64)
-    assert_builds_well(lambda: sort_pairs(chosen, lane, 128, 16, room), target)
+    assert_builds_well(lambda: sort_pairs(chosen, lane, experts, 16, room), target)

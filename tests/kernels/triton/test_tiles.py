@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crosspool.kernels.triton.tiles import Chip, Parts, Tile, parts_of, tile_for
+from crosspool.kernels.triton.tiles import Chip, Parts, Tile, is_spread, parts_of, tile_for
 
 pytestmark = pytest.mark.backend
 
@@ -60,3 +60,10 @@ def test_stages_leave_room_for_two_programs() -> None:
 def test_blocks_with_a_scale_are_whole_steps() -> None:
     for tokens in (1, 5000):
         assert tile_for(tokens, torch.bfloat16, H200, float8=True).step == 128
+
+
+def test_parts_are_spread_while_programs_are_few() -> None:
+    few, many = (tile_for(tokens, torch.bfloat16, H200) for tokens in (1, 5000))
+    assert not is_spread(Parts(1, 4096), few, 1)
+    assert [is_spread(Parts(8, 512), few, programs) for programs in (32, 255, 256)] == [True, True, False]
+    assert [is_spread(Parts(8, 512), many, programs) for programs in (32, 63, 64)] == [True, True, False]

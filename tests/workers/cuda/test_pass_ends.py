@@ -142,6 +142,11 @@ def run(lane: Lane, rng: random.Random, number: int) -> str:
                 assert own[: len(given)] == [page - FIRST_PAGE for page in given]
         if recalled := rng.random() < 0.1:
             packed.recall()
+        if alive and rng.random() < 0.1:
+            # In the midst of a pass: it is computed, but not told, and does not go on.
+            victim = rng.choice(list(alive))
+            packed.drop(RequestId(victim))
+            dropped.add(victim)
         tokens = {i: rng.randrange(6) for i in alive}
         fails = rng.random() < 0.05 and any(row.choice for row in alive.values())
         if fails:
@@ -153,8 +158,9 @@ def run(lane: Lane, rng: random.Random, number: int) -> str:
                 continue
             made[i] += 1
             position[i], inputs[i] = position[i] + len(inputs[i]), [tokens[i]]
-            wanted.append((TOKEN, number, i, tokens[i], made[i]))
-            if row_after(row, made[i], tokens[i])[1]:
+            if i not in dropped:
+                wanted.append((TOKEN, number, i, tokens[i], made[i]))
+            if i in dropped or row_after(row, made[i], tokens[i])[1]:
                 del alive[i]
         seen = lane.end(tokens)
         over = fails or recalled or not alive or step + 1 == grant.steps

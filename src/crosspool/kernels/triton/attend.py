@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_NOTHING: tl.constexpr = tl.constexpr(-1.0e30)
+NOTHING: tl.constexpr = tl.constexpr(-1.0e30)
 """The best score before there is one: finite, so that it minus a masked score is never NaN."""
 
 LOG2_E = log2(2.718281828459045)
@@ -73,7 +73,7 @@ def load_queries(tokens, mask, begin, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.const
 @triton.jit
 def nothing_yet(ROWS: tl.constexpr, WIDTH_BLOCK: tl.constexpr):
     """Best scores [ROWS], totals [ROWS] and sums [ROWS, WIDTH_BLOCK] of no position."""
-    best = tl.full((ROWS,), _NOTHING, tl.float32)
+    best = tl.full((ROWS,), NOTHING, tl.float32)
     return best, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, WIDTH_BLOCK), tl.float32)
 
 

@@ -24,3 +24,9 @@ def shared_bytes(device: int) -> int:
 def stages(nvidia: int, amd: int = 2) -> int:
     """Tiles that a loop loads ahead: AMD's chips have 64 KiB of shared memory, NVIDIA's 164 or more."""
     return amd if generation() == AMD else nvidia
+
+
+def warps(nvidia: int) -> int:
+    """Warps of a program with large tiles. AMD's have 64 threads, and 512 registers for each where there are
+    no more than 4."""
+    return min(nvidia, 4) if generation() == AMD else nvidia

@@ -31,7 +31,7 @@ from crosspool.kernels.triton.batch import (
     table_arguments,
     token_places,
 )
-from crosspool.kernels.triton.chip import stages
+from crosspool.kernels.triton.chip import stages, warps
 from crosspool.kernels.triton.states import States, merge_states, store_state
 
 _QUERIES: tl.constexpr = tl.constexpr(words.QUERIES)
@@ -82,7 +82,7 @@ def attend_blocks(
         **shape_arguments(shape),
         AT_ONCE=at_once,
         TILE=tile,
-        num_warps=8 if shape.width > 256 else 4,
+        num_warps=warps(8 if shape.width > 256 else 4),
         num_stages=stages(3),
     )
 

@@ -60,8 +60,10 @@ class FfnPlan(NamedTuple):
 
 
 def plan_ffn(geometry: FfnGeometry, capacity: int, dtype: torch.dtype, chip: Chip) -> FfnPlan:
-    """For up to ``capacity`` tokens in ``dtype``. Raises ValueError for rules that cannot choose, KeyError
-    for an activation or a rule that nobody wrote."""
+    """For up to ``capacity`` tokens in ``dtype``. Raises ValueError for an FFN without columns and for rules
+    that cannot choose, KeyError for an activation or a rule that nobody wrote."""
+    if geometry.width < 1 or geometry.shared_width < 0:
+        raise ValueError(f"an FFN of {geometry.width} columns, and {geometry.shared_width} shared")
     _ = ACTIVATIONS[geometry.activation]
     routing = geometry.routing
     experts, top_k = (routing.experts, routing.top_k) if routing else (0, 0)
@@ -87,8 +89,8 @@ def plan_ffn(geometry: FfnGeometry, capacity: int, dtype: torch.dtype, chip: Chi
         tile,
         blocks,
         token_tiles if common_width else 0,
-        Contraction(routed, is_spread(routed, blocks * output_tiles)),
-        Contraction(common, is_spread(common, token_tiles * output_tiles)),
+        Contraction(routed, is_spread(routed, tile, blocks * output_tiles)),
+        Contraction(common, is_spread(common, tile, token_tiles * output_tiles)),
     )
 
 

@@ -17,9 +17,8 @@ from crosspool.kernels.triton.product import (
     multiply_all,
     rows_at,
     sum_parts,
-    weights_at,
 )
-from crosspool.kernels.triton.table import layer_word
+from crosspool.kernels.triton.table import lane_weights, layer_weights
 from crosspool.kernels.triton.tiles import (
     Chip,
     Parts,
@@ -58,7 +57,7 @@ def _plan(projection: Projection, capacity: int, dtype: torch.dtype, chip: Chip)
     tile = tile_for(capacity, dtype, chip)
     parts = parts_of(projection.outputs, projection.inputs)
     sums = triton.cdiv(projection.outputs, tile.outputs) * triton.cdiv(capacity, tile.tokens)
-    return _Plan(tile, parts, is_spread(parts, sums), sums)
+    return _Plan(tile, parts, is_spread(parts, tile, sums), sums)
 
 
 def linear_room(
@@ -156,7 +155,7 @@ def _linear(
     output = output_tile * TILE + tl.arange(0, TILE)
     inside = output < OUTPUTS
     dtype: tl.constexpr = x.dtype.element_ty
-    matrix = weights_at(_word(lane, layer, WORD, OF_LANE), _PLAIN, dtype)
+    matrix = _weights(lane, layer, WORD, OF_LANE, dtype)
     weights = rows_at(matrix, tl.minimum(output, OUTPUTS - 1), INPUTS)
     x_rows = rows_at(x, x_row, INPUTS)
     place = row.to(tl.int64)[None, :] * OUTPUTS + output[:, None]
@@ -172,11 +171,11 @@ def _linear(
     else:
         total = multiply_all(weights, weights, x_rows, live, INPUTS, LENGTH, _PLAIN, STEP)
     if BIAS is not None:
-        bias = weights_at(_word(lane, layer, BIAS, OF_LANE), _PLAIN, dtype)
+        bias = _weights(lane, layer, BIAS, OF_LANE, dtype)
         total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
-def _word(lane, layer, WORD: tl.constexpr, OF_LANE: tl.constexpr):
-    return tl.load(lane + WORD) if OF_LANE else layer_word(lane, layer, WORD)
+def _weights(lane, layer, WORD: tl.constexpr, OF_LANE: tl.constexpr, DTYPE: tl.constexpr):
+    return lane_weights(lane, WORD, DTYPE) if OF_LANE else layer_weights(lane, layer, WORD, DTYPE)

@@ -41,8 +41,8 @@ def mla_write(
     norm_epsilon: float,
 ) -> None:
     """From ``down`` [T, (Q +) rank + rotary] into the pages, and to ``query_latent`` [T, Q] where queries
-    have a latent, all in model dtype. Latents are normed by LATENT_NORM and QUERY_NORM; the key is rotated, pairs
-    being neighbours (``interleaved``) or halves, with cosines and sines times ``gain``."""
+    have a latent, all in model dtype. Latents are normed by LATENT_NORM and QUERY_NORM; the key is rotated,
+    pairs being neighbours (``interleaved``) or halves, with cosines and sines times ``gain``."""
     query_rank = 0 if query_latent is None else query_latent.shape[1]
     rank = down.shape[1] - query_rank - rotary
     _mla_write[(batch.most_queries, 1 if query_latent is None else 2)](
@@ -72,7 +72,8 @@ def rotate_queries(
     batch: Pass, projected: Tensor, query: Tensor, rotary: int, *, interleaved: bool, gain: float
 ) -> None:
     """The last ``rotary`` elements of each head of ``projected`` [T, N, nope + rotary], rotated, to the last
-    ones of ``query`` [T, N, rank + rotary], both in model dtype; see mla_write. latents.py makes the rest."""
+    ones of ``query`` [T, N, rank + rotary], both in model dtype; see mla_write. The others are those of
+    head_products.py."""
     heads, width = query.shape[1:]
     at_once = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
     _rotate_queries[(batch.most_queries, triton.cdiv(heads, at_once))](

@@ -29,7 +29,7 @@ from crosspool.kernels.triton.batch import (
     table_arguments,
     token_places,
 )
-from crosspool.kernels.triton.chip import AMD, HOPPER, generation, stages
+from crosspool.kernels.triton.chip import HOPPER, generation, stages, warps
 from crosspool.kernels.triton.states import States, store_state
 
 _ROWS: tl.constexpr = tl.constexpr(words.ROWS)
@@ -76,16 +76,16 @@ def _launch(
         ROWS=rows,
         TILE=min(tile_of(shape, query), 64 if generation() >= HOPPER else 32),
         ROWS_BLOCK=triton.next_power_of_2(batch.most_rows),
-        num_warps=4 if shape.width > 256 and generation() == AMD else 8,
+        num_warps=warps(8),
         num_stages=stages(3),
     )
 
 
 def _rows(shape: AttentionShape, query: Tensor) -> int:
     """Rows of a program's products, heads of queries: as many as their sums leave in registers."""
-    if shape.width > 256:
+    if shape.width > 256 or query.itemsize > 2:
         return 32
-    return 64 if shape.width > 128 or query.itemsize > 2 else 128
+    return 64 if shape.width > 128 else 128
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crosspool.kernels.triton.table import layer_word
+from crosspool.kernels.triton.table import aligned, layer_weights
 from crosspool.kernels.triton.tiles import SCALED
 
 PLAIN, FLOAT8, FLOAT8_BITS = range(3)
@@ -18,15 +18,14 @@ _SCALED: tl.constexpr = tl.constexpr(SCALED)
 
 @triton.jit
 def weights_at(address, STORED: tl.constexpr, DTYPE: tl.constexpr):
-    """An address from a table as a pointer. That it is a multiple of 16 bytes must be said of the pointer:
-    said of the number it is forgotten, and loads would be of single elements."""
+    """A pointer to weights, whose model has DTYPE, from an address."""
     if STORED == _PLAIN:
-        pointer = address.to(tl.pointer_type(DTYPE))
+        pointer = aligned(address, DTYPE)
     elif STORED == _FLOAT8:
-        pointer = address.to(tl.pointer_type(tl.float8e4nv))
+        pointer = aligned(address, tl.float8e4nv)
     else:
-        pointer = address.to(tl.pointer_type(tl.uint8))
-    return tl.multiple_of(pointer, 16)
+        pointer = aligned(address, tl.uint8)
+    return pointer
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def scales_at(lane, layer, WORD: tl.constexpr, STORED: tl.constexpr):
     if STORED == _PLAIN:
         pointer = lane.to(tl.pointer_type(tl.float32), bitcast=True)
     else:
-        pointer = layer_word(lane, layer, WORD).to(tl.pointer_type(tl.float32))
+        pointer = layer_weights(lane, layer, WORD, tl.float32)
     return pointer
 
 

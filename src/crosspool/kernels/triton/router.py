@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from crosspool.kernels.triton.expert_choice import best_experts, scores_of
-from crosspool.kernels.triton.product import PLAIN, is_last, multiply, rows_at, sum_parts, weights_at
-from crosspool.kernels.triton.table import layer_word
+from crosspool.kernels.triton.product import PLAIN, is_last, multiply, rows_at, sum_parts
+from crosspool.kernels.triton.table import layer_weights
 from crosspool.kernels.triton.tiles import SCALED, Chip, Parts, PartsRoom, Tile, parts_room, tile_for
 from crosspool.kernels.triton.words import QUERIES, ROUTER, SELECTION_BIAS
 
@@ -168,7 +168,7 @@ def _route(
     token = first + tl.arange(0, TOKENS)
     live = token < count
     expert = expert_tile * TILE + tl.arange(0, TILE)
-    matrix = weights_at(layer_word(lane, layer, _ROUTER), _PLAIN, x.dtype.element_ty)
+    matrix = layer_weights(lane, layer, _ROUTER, x.dtype.element_ty)
     weights = rows_at(matrix, tl.minimum(expert, EXPERTS - 1), HIDDEN)
     logits = multiply(
         weights, weights, rows_at(x, token, HIDDEN), live, part * LENGTH, HIDDEN, LENGTH, _PLAIN, STEP
@@ -235,7 +235,7 @@ def _choose(
     scores = scores_of(sum_parts(logits, wanted, capacity * EXPERTS, PARTS), exists, SIGMOID)
     ranks = scores
     if BIASED:
-        bias = layer_word(lane, layer, _SELECTION_BIAS).to(tl.pointer_type(tl.float32))
+        bias = layer_weights(lane, layer, _SELECTION_BIAS, tl.float32)
         ranks += tl.load((bias + expert)[None, :], mask=exists, other=0.0)
     best = best_experts(ranks, exists, TOP_K, GROUPS, TOP_GROUPS, BEST_OF_GROUP, GROUP_COLUMNS)
     if NORMALISE:

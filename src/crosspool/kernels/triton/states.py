@@ -1,8 +1,9 @@
 """States of attention to parts of a context, and how they become results.
 
 A state is what a query's head has of one block of positions on one device: best score, total of weights, sum
-of values. States are merged in the order of blocks, and of devices within a block, wherever they were
-computed; a state of nothing changes no bit.
+of values. States are merged in the order of devices within a block, and then of blocks, wherever they were
+computed; a state of nothing changes no bit. So a context on several devices gives the same bits as on one, if
+each block is on one of them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from crosspool.kernels.triton import words
-from crosspool.kernels.triton.attend import AttentionShape, nothing_yet
+from crosspool.kernels.triton.attend import NOTHING, AttentionShape, nothing_yet
 from crosspool.kernels.triton.batch import BLOCK, NOT_SPECIAL, Pass, first_seen, position_of
 
 _QUERIES: tl.constexpr = tl.constexpr(words.QUERIES)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 
-STATES_AT_ONCE = 16
+BLOCKS_AT_ONCE = 16
 
 
 class States(NamedTuple):
@@ -69,7 +70,7 @@ def merge_states(batch: Pass, states: States, window: int | None, attended: Tens
         WIDTH=width,
         WIDTH_BLOCK=triton.next_power_of_2(width),
         PARTS=parts,
-        AT_ONCE=STATES_AT_ONCE,
+        AT_ONCE=BLOCKS_AT_ONCE,
         num_warps=4,
     )
 
@@ -117,7 +118,7 @@ def _merge(
     PARTS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Program (t, n): head n of query t. States are taken ``AT_ONCE`` at a time from multiples of that."""
+    """Program (t, n): head n of query t. Blocks are taken ``AT_ONCE`` at a time."""
     query, head = tl.program_id(0), tl.program_id(1)
     if query >= tl.load(lane + _QUERIES):
         return
@@ -125,26 +126,38 @@ def _merge(
     if position < 0:
         return
     if window is None:
-        first, end = 0, PARTS
+        first, end = 0, 1
     else:
-        first = first_seen(position, window) // _BLOCK * PARTS
-        end = (position // _BLOCK + 1) * PARTS
+        first, end = first_seen(position, window) // _BLOCK, position // _BLOCK + 1
     at = tl.arange(0, WIDTH_BLOCK)[None, :]
     best, total, merged = nothing_yet(1, WIDTH_BLOCK)
-    for begin in tl.range(first // AT_ONCE * AT_ONCE, end, AT_ONCE):
-        number = begin + tl.arange(0, AT_ONCE)
-        real = (number >= first) & (number < end)
-        place = (query.to(tl.int64) * blocks + number // PARTS) * HEADS + head
-        place += (number % PARTS).to(tl.int64) * part_stride
-        own_best = tl.load(scores + 2 * place, mask=real, other=float("-inf"))
-        own_total = tl.load(scores + 2 * place + 1, mask=real, other=0)
-        wanted = real[:, None] & (at < WIDTH)
-        own_sums = tl.load(sums + place[:, None] * WIDTH + at, mask=wanted, other=0)
-        new_best = tl.maximum(best, tl.max(own_best, 0))
-        fade, weight = tl.exp2(best - new_best), tl.exp2(own_best - new_best)
-        total = total * fade + tl.sum(own_total * weight, 0)
-        merged = merged * fade[:, None] + tl.sum(own_sums * weight[:, None], 0)[None, :]
+    for begin in tl.range(first, end, AT_ONCE):
+        block = begin + tl.arange(0, AT_ONCE)
+        real = block < end
+        place = (query.to(tl.int64) * blocks + block) * HEADS + head
+        block_best, block_total, block_sums = _load_state(sums, scores, place, real, at, WIDTH)
+        for _ in tl.static_range(1, PARTS):
+            place += part_stride
+            other_best, other_total, other_sums = _load_state(sums, scores, place, real, at, WIDTH)
+            new_best = tl.maximum(block_best, other_best)
+            fade, weight = tl.exp2(block_best - new_best), tl.exp2(other_best - new_best)
+            block_total = block_total * fade + other_total * weight
+            block_sums = block_sums * fade[:, None] + other_sums * weight[:, None]
+            block_best = new_best
+        new_best = tl.maximum(best, tl.max(block_best, 0))
+        fade, weight = tl.exp2(best - new_best), tl.exp2(block_best - new_best)
+        total = total * fade + tl.sum(block_total * weight, 0)
+        merged = merged * fade[:, None] + tl.sum(block_sums * weight[:, None], 0)[None, :]
         best = new_best
     result = (merged / total[:, None]).to(attended.dtype.element_ty)
     out = attended + (query.to(tl.int64) * HEADS + head) * WIDTH
     tl.store(out + at, result, mask=at < WIDTH)
+
+
+@triton.jit
+def _load_state(sums, scores, place, real, at, WIDTH: tl.constexpr):
+    """States at ``place`` [n]; nothing of those that are not ``real``."""
+    best = tl.load(scores + 2 * place, mask=real, other=NOTHING)
+    total = tl.load(scores + 2 * place + 1, mask=real, other=0)
+    values = tl.load(sums + place[:, None] * WIDTH + at, mask=real[:, None] & (at < WIDTH), other=0)
+    return best, total, values

@@ -7,8 +7,9 @@ widened in registers.
 
 What decides how a sum is added up is the geometry alone: the inputs in order, cut into parts that are summed
 by themselves and then added in order. The number of tokens only decides the tile and whether the parts of a
-sum are in programs of their own, so a row's bits depend neither on the rows beside it nor on how many there
-may be.
+sum are in programs of their own, so a row's bits do not depend on the rows beside it. Nor do they depend on
+how many there may be, wherever the chip's instructions for few and for many tokens sum as many inputs at
+once: NVIDIA's do, 16 of 16 bits.
 
 Few tokens are bound by reading weights. A multiprocessor must keep some tens of KiB of loads in flight to
 have its share of the memory's bandwidth, so there should be two programs or more on each, of several stages
@@ -98,6 +99,7 @@ def parts_room(values: int, sums: int, device: torch.device) -> PartsRoom:
     return PartsRoom(parts, torch.zeros(sums, dtype=torch.int32, device=device))
 
 
-def is_spread(parts: Parts, programs: int) -> bool:
-    """Whether parts are in programs of their own, where there are ``programs`` without."""
-    return parts.number > 1 and programs < PROGRAMS
+def is_spread(parts: Parts, tile: Tile, programs: int) -> bool:
+    """Whether parts are in programs of their own, where there are ``programs`` without. Many tokens have
+    larger parts to write down than weights to read, so it must be worth it."""
+    return parts.number > 1 and programs < (PROGRAMS if tile.outputs == FEW_OUTPUTS else PROGRAMS // 4)

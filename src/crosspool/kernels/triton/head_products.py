@@ -1,5 +1,9 @@
 """Products of latent attention with a matrix for each head: queries into latent space before attention, and
-what was attended out of it afterwards (arXiv 2405.04434, section 2.1.2)."""
+what was attended out of it afterwards (arXiv 2405.04434, section 2.1.2).
+
+Weights are the left operand, of the rows that matrix units want, and queries the right one, as few as 16: so
+a query's bits do not depend on how many there are.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from crosspool.kernels.triton.table import layer_weights
 
 _QUERIES: tl.constexpr = tl.constexpr(words.QUERIES)
 
-FEW_QUERIES = 256
-"""Passes of up to so many queries share the shape of products, so a query's bits do not depend on which."""
+COLUMNS, DEPTH = 64, 64
+FEW_QUERIES, MOST_QUERIES = 16, 64
 
 
 def queries_into_latents(batch: Pass, layer: int, projected: Tensor, nope: int, query: Tensor) -> None:
@@ -36,9 +40,8 @@ def _launch(
 ) -> None:
     """From the first ``size`` elements of heads to the first ``result``; rows of the head's matrix are along
     the result, or else along what it is made of."""
-    queries = 16 if batch.most_queries <= FEW_QUERIES else 64
-    columns = min(max(triton.next_power_of_2(result), 16), 64)
-    grid = (triton.cdiv(batch.most_queries, queries), out.shape[1], triton.cdiv(result, columns))
+    queries = min(max(triton.next_power_of_2(batch.most_queries), FEW_QUERIES), MOST_QUERIES)
+    grid = (triton.cdiv(batch.most_queries, queries), out.shape[1], triton.cdiv(result, COLUMNS))
     _products[grid](
         batch.lane,
         layer,
@@ -52,8 +55,8 @@ def _launch(
         OUT_WIDTH=out.shape[2],
         ALONG_OUT=along_out,
         QUERIES=queries,
-        COLUMNS=columns,
-        DEPTH=min(max(triton.next_power_of_2(size), 16), 64),
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
         num_warps=4,
         num_stages=stages(4),
     )
@@ -83,22 +86,23 @@ def _products(
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    real = (token < count)[:, None]
-    place = token.to(tl.int64) * HEADS + head
-    row_stride: tl.constexpr = RESULT if ALONG_OUT else 1
+    live = (token < count)[None, :]
+    exists = (column < RESULT)[:, None]
+    place = (token.to(tl.int64) * HEADS + head)[None, :]
+    depth_stride: tl.constexpr = RESULT if ALONG_OUT else 1
     column_stride: tl.constexpr = 1 if ALONG_OUT else SIZE
     matrix = layer_weights(lane, layer, WORD, source.dtype.element_ty) + head * (SIZE * RESULT)
-    total = tl.zeros((QUERIES, COLUMNS), tl.float32)
+    total = tl.zeros((COLUMNS, QUERIES), tl.float32)
     for begin in tl.range(0, SIZE, DEPTH):
         at = begin + tl.arange(0, DEPTH)
-        values = tl.load(
-            source + place[:, None] * SOURCE_WIDTH + at[None, :], mask=real & (at < SIZE)[None, :], other=0
-        )
         weights = tl.load(
-            matrix + at[:, None] * row_stride + column[None, :] * column_stride,
-            mask=(at < SIZE)[:, None] & (column < RESULT)[None, :],
+            matrix + column[:, None] * column_stride + at[None, :] * depth_stride,
+            mask=exists & (at < SIZE)[None, :],
             other=0,
         )
-        total = tl.dot(values, weights, total, input_precision="ieee")
-    target = out + place[:, None] * OUT_WIDTH + column[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=real & (column < RESULT)[None, :])
+        values = tl.load(
+            source + place * SOURCE_WIDTH + at[:, None], mask=live & (at < SIZE)[:, None], other=0
+        )
+        total = tl.dot(weights, values, total, input_precision="ieee")
+    target = out + place * OUT_WIDTH + column[:, None]
+    tl.store(target, total.to(out.dtype.element_ty), mask=live & exists)
