@@ -21,6 +21,8 @@ MOST_STEP = 2.0
 """Milliseconds between tokens of a lone request."""
 MOST_HOST = 5.0
 """Microseconds of the engine's thread for a token."""
+STARTS = 240.0
+"""Seconds that a case may take which starts the engine: all its code may have to be compiled."""
 PREFILL_SHARE = 0.5
 """Of the operations per second of a large product."""
 
@@ -166,7 +168,7 @@ def cases(gpu: Gpu) -> list[Case]:
     from gpu.variants import variants
 
     model = Model(gpu)
-    made = [Case(f"{rows} rows", partial(tbt, gpu, model, rows), 150) for rows in model.batches]
+    made = [Case(f"{rows} rows", partial(tbt, gpu, model, rows), STARTS) for rows in model.batches]
     made.append(Case("host time", partial(host, gpu, model), 90))
     made.append(Case(f"a prompt of {model.prompt} tokens", partial(prefill, gpu, model), 90))
     made.append(Case("end", partial(close, gpu, model)))

@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = {
     "card": 20,
-    "kernels": 120,
+    "kernels": 100,
     "graphs": 20,
     "doorbell": 15,
     "ffn": 60,
-    "attention": 75,
-    "decode": 115,
+    "attention": 65,
+    "decode": 150,
     "sharing": 115,
 }
 """In their order, with the seconds that each is expected to take: its share of what is left."""

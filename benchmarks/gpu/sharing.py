@@ -208,7 +208,7 @@ def cases(gpu: Gpu) -> list[Case]:
         modes = (Mode.CROSSPOOL, Mode.MONOLITHIC, Mode.STATIC)
         for mode in modes[::2] if gpu.interpreted else modes:
             run = partial(mode_figures, zoo, mode)
-            made.append(Case(f"{count} models, {mode}", run, 120))
+            made.append(Case(f"{count} models, {mode}", run, 180))
         if count == 2:
             some = ("without graphs",) if gpu.interpreted else VARIANTS
             made += [Case(f"ablation: {name}", partial(ablation, zoo, VARIANTS[name]), 90) for name in some]
