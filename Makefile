@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test kernels lint bench bench-peers bench-pools fuzz clean help
+.PHONY: setup demo test kernels lint bench bench-peers bench-pools gpu-check fuzz clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -52,6 +52,9 @@ bench-pools: setup  ## planner, prefix cache, who waits for pages, and two pools
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/waiting.py benchmarks/data/zoo_cold_64.parquet \
 		--decode-steps 64 --tick 0.04
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/modes.py --to $(POOLS_TO)
+
+gpu-check: setup  ## ten minutes on a GPU: are kernels right, and how near the card's limits (GPU='--only ffn')
+	$(BIN)/python scripts/gpu_check.py $(GPU)
 
 clean:  ## remove what setup made
 	rm -rf $(VENV)

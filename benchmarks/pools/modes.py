@@ -14,24 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 from machine import describe
+from pools.replay import Outcome, live_share, replay, summary
 
 from crosspool.build.start import start_engine
 from crosspool.core.config import MILLISECOND, EngineConfig, Mode, ModelConfig, PoolConfig, SchedulerConfig
-from crosspool.core.errors import RequestTooLargeError
-from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
-from crosspool.core.request import Request
-from crosspool.core.sampling import SamplingParams
+from crosspool.core.ids import Nanoseconds
 from crosspool.demo.checkpoint import write_json, write_safetensors
 from crosspool.demo.random_models import qwen3_moe_config, qwen3_moe_shapes, random_tensors
 from crosspool.engine.engine import Engine
@@ -58,57 +53,6 @@ SHAPE = {
 """Of every model: 16 KiB of KV a token, 50 MB of experts, 25 MB of attention side."""
 
 TOKEN_BYTES = 16384
-
-
-@dataclass
-class Served:
-    """One request: its arrival in seconds of the replay, and the times of its tokens."""
-
-    arrival: float
-    burst: bool
-    prompt: int
-    refused: bool = False
-    tokens: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Outcome:
-    """What a mode made of one window."""
-
-    served: list[Served]
-    held: list[tuple[float, float]]
-    preemptions: int
-
-    @property
-    def gaps(self) -> list[float]:
-        """Milliseconds between tokens while the burst goes on: from its first arrival to its last token, or
-        its last arrival if all of it was refused. Without a burst, all of them."""
-        burst = [s for s in self.served if s.burst] or self.served
-        begin, end = min(s.arrival for s in burst), max([s.arrival, *s.tokens][-1] for s in burst)
-        return [
-            1e3 * (b - a)
-            for s in self.served
-            for a, b in zip(s.tokens, s.tokens[1:], strict=False)
-            if b > begin and a < end
-        ]
-
-    def live(self, pool_tokens: float) -> list[float]:
-        """At each sample, the tokens of requests between their first and their last, over the tokens for
-        which the devices have memory beside the weights."""
-        return [
-            sum(
-                s.prompt + int(np.searchsorted(s.tokens, time))
-                for s in self.served
-                if s.tokens and s.tokens[0] <= time < s.tokens[-1]
-            )
-            / pool_tokens
-            for time, _ in self.held
-        ]
-
-    @property
-    def waits(self) -> list[float]:
-        """Seconds to the first token."""
-        return [s.tokens[0] - s.arrival for s in self.served if s.tokens]
 
 
 @contextmanager
@@ -161,84 +105,6 @@ def windows(count: int) -> list[dict[str, np.ndarray]]:
     return [window for _, _, window in sorted(parts, key=lambda part: part[:2])[:count]]
 
 
-def replay(
-    engine: Engine,
-    window: dict[str, np.ndarray],
-    rate: float,
-    numbers: Iterator[int],
-    shrink: tuple[int, int],
-) -> Outcome:
-    rng = random.Random(1)
-    requests: dict[int, Served] = {}
-    held: list[tuple[float, float]] = []
-    due = []
-    for at, model, prompt, output, burst in zip(
-        window["t_seconds"] / rate,
-        window["model_index"],
-        np.maximum(4, window["prompt_tokens"] // shrink[0]),
-        np.maximum(2, window["output_tokens"] // shrink[1]),
-        window["burst"],
-        strict=True,
-    ):
-        number, length = next(numbers), int(output)
-        tokens = tuple(rng.randrange(1, VOCABULARY) for _ in range(int(prompt)))
-        params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-        due.append(
-            Request(
-                RequestId(number),
-                ModelIndex(int(model)),
-                tokens,
-                params,
-                length,
-                0,
-                frozenset(),
-                Nanoseconds(0),
-            )
-        )
-        requests[number] = Served(float(at), bool(burst), len(tokens))
-    before = sum(model.preemptions for model in engine.stats().models)
-    begin, total = time.perf_counter(), engine.stats().kv_pages_total
-    due.reverse()
-    sampled = 0.0
-    while due or engine.has_work():
-        now = time.perf_counter() - begin
-        while due and requests[due[-1].id].arrival <= now:
-            request = due.pop()
-            try:
-                engine.add(request)
-            except RequestTooLargeError:
-                requests[request.id].refused = True
-        for output in engine.step():
-            at = time.perf_counter() - begin
-            requests[output.request].tokens += [at] * len(output.token_ids)
-        if now > sampled + 0.05:
-            stats = engine.stats()
-            held.append((now, 1 - (stats.kv_pages_free + stats.kv_pages_cached) / total))
-            sampled = now
-        wait = 0.05 if not due else min(0.05, max(0.0, requests[due[-1].id].arrival - now))
-        engine.wait(wait)
-    after = sum(model.preemptions for model in engine.stats().models)
-    return Outcome(list(requests.values()), held, after - before)
-
-
-def summary(outcomes: list[Outcome], pool_tokens: float) -> dict[str, float]:
-    gaps = np.concatenate([outcome.gaps for outcome in outcomes])
-    waits = np.concatenate([outcome.waits for outcome in outcomes])
-    served = [s for outcome in outcomes for s in outcome.served]
-    return {
-        "p50": float(np.percentile(gaps, 50)),
-        "p99": float(np.percentile(gaps, 99)),
-        "max": float(gaps.max()),
-        "ttft_p50": float(np.percentile(waits, 50)),
-        "ttft_p99": float(np.percentile(waits, 99)),
-        "refused": sum(s.refused for s in served),
-        "requests": len(served),
-        "preemptions": sum(outcome.preemptions for outcome in outcomes),
-        "held": float(np.mean([share for outcome in outcomes for _, share in outcome.held])),
-        "live": float(np.mean([share for outcome in outcomes for share in outcome.live(pool_tokens)])),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -275,7 +141,8 @@ def main() -> None:
                     for mode in order:
                         outcomes[mode].append(replay(engines[mode], part, rate, numbers, shrink))
                 for mode, own in outcomes.items():
-                    result = summary(own, engines[mode].info.kv_pool_bytes / TOKEN_BYTES)
+                    pool = engines[mode].info.kv_pool_bytes / TOKEN_BYTES
+                    result = summary(own) | {"live": live_share(own, pool)}
                     results.setdefault(str(mode), {})[f"{load} {rate:g}"] = result
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
                     print(f"{load:6} rate {rate:5g} {mode:11} {shown}", flush=True)

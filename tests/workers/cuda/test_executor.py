@@ -139,8 +139,8 @@ def test_what_cannot_be_launched_fails_alone(models, expected, monkeypatch, capl
         return ffn(self, layer)
 
     ffn = LanePass.ffn
-    monkeypatch.setattr(LanePass, "ffn", fails)
     with cuda_rig(*models, **CUDA) as it:
+        monkeypatch.setattr(LanePass, "ffn", fails)
         failing, other = it.sequence(PROMPTS[0], 1, model=MLA), it.sequence(PROMPTS[0], 1)
         bad, good = it.finish(it.prefill(failing), it.prefill(other))
         assert "secret" not in bad.error and good.error is None

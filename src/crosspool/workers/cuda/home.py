@@ -144,13 +144,15 @@ class Home:
         self.lanes = [lane for phase in Phase for lane in _make_lanes(plan, phase, around)]
         total = sum(len(models) * len(plan.limits.passes(lane.phase)) for lane in self.lanes)
         done = 0
+        compiled: set[Phase] = set()
         for lane in self.lanes:
             for (geometry, route), model in models.items():
                 enter = self._idle(lane, model)
                 for limits in plan.limits.passes(lane.phase):
-                    lane.prepare(geometry, route, limits, enter)
+                    lane.prepare(geometry, route, limits, enter, warm=lane.phase not in compiled)
                     done += 1
                     prepared(done, total)
+            compiled.add(lane.phase)
 
     def _idle(self, lane: Lane, model: DeviceModel) -> Callable[[LanePass], None]:
         """Leads a lane to a grant of the model that computes nothing."""

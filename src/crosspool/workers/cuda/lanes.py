@@ -63,10 +63,17 @@ class Lane:
         return self.has_place and (self.phase is Phase.DECODE or not self.bound)
 
     def prepare(
-        self, geometry: Geometry, route: Route, limits: Limits, enter: Callable[[LanePass], None]
+        self,
+        geometry: Geometry,
+        route: Route,
+        limits: Limits,
+        enter: Callable[[LanePass], None],
+        *,
+        warm: bool,
     ) -> None:
-        """Make what passes within these limits need, and record a decode's graphs, after ``enter`` has led
-        the lane to a grant that computes nothing. The smallest limits of a geometry come first."""
+        """Make what passes within these limits need, and record a decode's graphs, or launch a prompt's once,
+        so that all code is compiled; before, ``enter`` leads the lane to a grant that computes nothing. The
+        smallest limits of a geometry come first."""
         rooms = {team: Room(self._tracks[team].memory, self._tracks[team].zeros) for team in route.teams}
         made = make_pass(
             geometry,
@@ -83,6 +90,8 @@ class Lane:
         enter(made)
         if self.phase is Phase.DECODE:
             made.record()
+        elif warm:
+            made.run()
 
     def bind(self, flight: Flight) -> None:
         """The flight runs here from now on: its words go to the device."""

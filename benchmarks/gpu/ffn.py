@@ -1,0 +1,91 @@
+"""Section 4: the Mixture-of-Experts FFN of a Qwen3-30B-A3B layer at few rows, with weights from memory.
+
+A round goes through layers whose weights together are many times the L2 cache. What counts is the bytes of
+the experts that were chosen, each read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from crosspool.core.spec import ModelSpec
+from crosspool.workers.cuda.ffn_side import FfnSidePass
+from gpu.device import Gpu
+from gpu.models import LoadedModel, in_room, spec_of, write_config
+from gpu.results import Case, Figure
+
+TARGETS = {1: 0.65, 8: 0.80, 32: 0.85}
+"""Share of a copy's bandwidth, by rows."""
+
+GEOMETRY: dict[str, Any] = {"num_hidden_layers": 8, "vocab_size": 1024}
+TINY: dict[str, Any] = GEOMETRY | {
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+@dataclass
+class Layers:
+    """All layers' FFNs for so many rows, from the same hidden states."""
+
+    gpu: Gpu
+    loaded: LoadedModel
+    rows: int
+
+    def __post_init__(self) -> None:
+        spec, lane = self.loaded.spec, self.loaded.lane(self.rows)
+        chip, geometry = self.gpu.device.chip, self.loaded.model.geometry
+        self.side = in_room(self.gpu, lambda room: FfnSidePass(geometry, self.rows, 0, 1, chip, lane, room))
+        self.x = self.gpu.random(self.rows, spec.hidden_size)
+        self.out = torch.empty_like(self.x)
+
+    def launch(self) -> None:
+        for layer in range(self.loaded.spec.num_layers):
+            self.side.ffn(layer, self.x, self.out)
+
+    def bytes_read(self) -> int:
+        """Of routers and of chosen experts, in all layers."""
+        spec, total = self.loaded.spec, 0
+        for layer in range(spec.num_layers):
+            self.gpu.eager(partial(self.side.ffn, layer, self.x, self.out))()
+            self.gpu.device.finish()
+            (room,) = self.side._rooms
+            chosen = int(room.chosen.unique().numel())
+            total += _bytes(spec, layer, chosen)
+        return total
+
+
+def _bytes(spec: ModelSpec, layer: int, experts: int) -> int:
+    own = spec.layers[layer].ffn
+    weights = own.router_weights(spec.hidden_size) + 3 * spec.hidden_size * own.intermediate * experts
+    return weights * spec.dtype.bytes
+
+
+def cases(gpu: Gpu) -> list[Case]:
+    @cache
+    def loaded() -> LoadedModel:
+        changes = TINY if gpu.interpreted else GEOMETRY
+        return LoadedModel(gpu, spec_of(write_config(gpu.folder / "ffn", "qwen3-30b-a3b", **changes)))
+
+    def rows(count: int) -> list[Figure]:
+        layers = Layers(gpu, loaded(), count)
+        number, read = loaded().spec.num_layers, layers.bytes_read()
+        eager = gpu.seconds(gpu.eager(layers.launch)) / number
+        graph = gpu.seconds(gpu.recorded(layers.launch)) / number
+        assert bool(layers.out.isfinite().all()), "not all outputs are numbers"
+        return [
+            *gpu.bandwidth_figures("eager, a layer", read / number, eager, None),
+            *gpu.bandwidth_figures("graph, a layer", read / number, graph, TARGETS[count]),
+        ]
+
+    return [Case(f"{count} rows", partial(rows, count), 90) for count in TARGETS]
