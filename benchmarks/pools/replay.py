@@ -28,6 +28,7 @@ class Served:
     arrival: float
     burst: bool
     prompt: int
+    wanted: int
     refused: bool = False
     tokens: list[float] = field(default_factory=list)
 
@@ -78,7 +79,7 @@ def requests_of(
         params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         number, index = RequestId(next(numbers)), ModelIndex(int(model))
         request = Request(number, index, tokens, params, length, 0, frozenset(), Nanoseconds(0))
-        made.append((request, Served(float(at), bool(burst), len(tokens))))
+        made.append((request, Served(float(at), bool(burst), len(tokens), length)))
     return made
 
 
