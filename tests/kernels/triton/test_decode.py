@@ -52,7 +52,7 @@ def test_rows_with_several_queries() -> None:
 
 
 @pytest.mark.parametrize("name", ["groups of 3", "narrow"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_same_bits_alone_in_other_pages_and_with_any_number_of_programs(
     dtype: torch.dtype, name: str
 ) -> None:

@@ -46,7 +46,7 @@ def test_windows(name: str, window: int) -> None:
 
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("name", ["groups of 3", "narrow"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_query_has_the_same_bits_in_any_chunk_and_company(
     dtype: torch.dtype, name: str, window: int
 ) -> None:
@@ -70,7 +70,7 @@ def test_rows_that_do_not_live_or_have_no_queries_are_left_alone() -> None:
     assert torch.equal(out[33:], expected[33:])
 
 
-@pytest.mark.parametrize("name", ["groups of 8", "narrow"])
+@pytest.mark.parametrize("name", ["groups of 3", "narrow"])
 def test_a_context_on_several_devices(name: str) -> None:
     rows = Rows([(250, 20), (0, 70)], SHAPES[name], torch.float32)
     query, out = rows.room()

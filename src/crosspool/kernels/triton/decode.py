@@ -127,12 +127,12 @@ def _attend_blocks(
     head_parts: tl.constexpr = (GROUP + AT_ONCE - 1) // AT_ONCE
     kv_head = part // head_parts
     member = part % head_parts * AT_ONCE + tl.arange(0, AT_ONCE)
-    head = (token.to(tl.int64) * KV_HEADS + kv_head) * GROUP + member
     real = member < GROUP
-    queries = load_queries(query + head * (WIDTH + ROTARY), real, 0, WIDTH, WIDTH_BLOCK)
+    own = query + ((token.to(tl.int64) * KV_HEADS + kv_head) * GROUP + member) * (WIDTH + ROTARY)
+    queries = load_queries(own, real, 0, WIDTH, WIDTH_BLOCK)
     rotary_queries = queries
     if ROTARY > 0:
-        rotary_queries = load_queries(query + head * (WIDTH + ROTARY), real, WIDTH, ROTARY, ROTARY_BLOCK)
+        rotary_queries = load_queries(own, real, WIDTH, ROTARY, ROTARY_BLOCK)
     table = pages + row * pages_stride + pages_begin
     seen_from = first_seen(position, window)
     base = arena + region + kv_head * (WIDTH + ROTARY)
@@ -168,5 +168,19 @@ def _attend_blocks(
                 True,
             )
             place, there = next_place, next_there
-        store_state(sums, scores, token, block, blocks, kv_head * GROUP + member, real, best, total,
-                    values, KV_HEADS * GROUP, WIDTH, WIDTH_BLOCK)  # fmt: skip
+        head = kv_head * GROUP + member
+        store_state(
+            sums,
+            scores,
+            token,
+            block,
+            blocks,
+            head,
+            real,
+            best,
+            total,
+            values,
+            KV_HEADS * GROUP,
+            WIDTH,
+            WIDTH_BLOCK,
+        )

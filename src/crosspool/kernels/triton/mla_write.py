@@ -72,8 +72,7 @@ def rotate_queries(
     batch: Pass, projected: Tensor, query: Tensor, rotary: int, *, interleaved: bool, gain: float
 ) -> None:
     """The last ``rotary`` elements of each head of ``projected`` [T, N, nope + rotary], rotated, to the last
-    ones of ``query`` [T, N, rank + rotary], both in model dtype; see mla_write. The others are those of
-    head_products.py."""
+    ones of ``query`` [T, N, rank + rotary], both in model dtype; see mla_write. latents.py makes the rest."""
     heads, width = query.shape[1:]
     at_once = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
     _rotate_queries[(batch.most_queries, triton.cdiv(heads, at_once))](

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crosspool.kernels.triton import words
 from crosspool.kernels.triton.batch import Pass
-from crosspool.kernels.triton.head_products import latents_into_values, queries_into_latents
+from crosspool.kernels.triton.latents import latents_into_values, queries_into_latents
 from helpers_attention_half import drawn
 from helpers_triton import DEVICE
 from helpers_triton_gates import Target, assert_builds_well, needs_interpreter, on_targets
