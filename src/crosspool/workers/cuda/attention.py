@@ -14,7 +14,7 @@ from crosspool.kernels.triton.attend import AttentionShape
 from crosspool.kernels.triton.batch import KvPlace, Pass
 from crosspool.kernels.triton.decode import decode_attention
 from crosspool.kernels.triton.gqa_write import gqa_write
-from crosspool.kernels.triton.head_products import latents_into_values, queries_into_latents
+from crosspool.kernels.triton.latents import latents_into_values, queries_into_latents
 from crosspool.kernels.triton.linear import Projection, linear, linear_room
 from crosspool.kernels.triton.mla_write import mla_write, rotate_queries
 from crosspool.kernels.triton.prefill import prefill_attention
