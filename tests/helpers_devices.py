@@ -54,8 +54,8 @@ class LaunchList:
 
 
 class InterpretedDevice:
-    """``captured`` and ``replayed`` count graphs. Before a GPU records launches it runs them, to compile them;
-    here only if ``runs_first``, for it takes time."""
+    """``captured`` and ``replayed`` count graphs. A GPU runs launches before it records them, to compile
+    them; here only if ``runs_first``, for it takes time."""
 
     runs_first = False
 
