@@ -1,4 +1,5 @@
-"""Tiny models under the executor for devices with streams, whose kernels are interpreted."""
+"""Tiny models under the executor for devices with streams: interpreted ones, or, where kernels are compiled,
+the machine's GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
+from crosspool.backends.device import Device
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.topology import Topology
 from crosspool.workers.clock import MonotonicClock
@@ -15,14 +19,26 @@ from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan
 from crosspool.workers.cuda.model import DeviceModel, FfnPlace
 from crosspool.workers.cuda.weights import WeightsArena
 from helpers_devices import InterpretedDevice
+from helpers_triton import INTERPRETED
 from helpers_workers import Rig, TinyModel
 
 LIMITS = GrantLimits(decode_rows=4, prefill_rows=4, prefill_tokens=64, steps=64, sequences=16)
 ARENA_BYTES = 1 << 22
 
 
+def make_device(name: str) -> Device:
+    """A GPU that the machine does not have is one more device on the first."""
+    if INTERPRETED:
+        return InterpretedDevice(name)
+    from crosspool.backends.cuda import make_cuda_devices
+
+    number = int(name.removeprefix("cuda:").partition("/")[0])
+    there = number < torch.cuda.device_count()
+    return make_cuda_devices([name if there else f"cuda:0/{number}"])[0]
+
+
 def device_models(
-    models: list[TinyModel], topology: Topology, devices: list[InterpretedDevice], home: KvDevice
+    models: list[TinyModel], topology: Topology, devices: list[Device], home: KvDevice
 ) -> dict[ModelIndex, DeviceModel]:
     arenas: Mapping[int, WeightsArena] = {
         team: WeightsArena(device, ARENA_BYTES) for team, device in enumerate(devices)
@@ -43,7 +59,9 @@ class CudaRig(Rig):
     """All models are at home on the first KV device."""
 
     def _make(self, topology: Topology, resident: bool, threads: int, tasks: int | None) -> CudaExecutor:
-        self.devices = [InterpretedDevice(name) for name in topology.teams]
+        self.devices = [make_device(name) for name in topology.teams]
+        if not INTERPRETED:
+            self.arena = self.arena.to(self.devices[0].physical)
         home = KvDevice(0)
         models = device_models(list(self.models), topology, self.devices, home)
         keys = {

@@ -16,6 +16,7 @@ PUBLIC = [
     "ConfigError",
     "CorruptCheckpointError",
     "CrossPoolError",
+    "DeviceError",
     "EngineConfig",
     "EngineDeadError",
     "FinishReason",

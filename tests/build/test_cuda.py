@@ -27,8 +27,9 @@ from crosspool.core.sampling import SamplingParams
 from crosspool.engine.engine import Engine
 from helpers_devices import InterpretedDevice
 from helpers_models import PagedModel, random_model, save_model
+from helpers_triton_gates import needs_interpreter
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, needs_interpreter]
 
 PROMPT, COUNT = [5, 17, 3, 44], 3
 SMALL = SchedulerConfig(

@@ -19,8 +19,9 @@ from crosspool.kernels.triton.pass_end import end_pass
 from crosspool.kernels.triton.words import LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.grant import GrantMemory, PackedGrant
 from helpers_devices import InterpretedDevice
+from helpers_triton_gates import needs_interpreter
 
-pytestmark = pytest.mark.backend
+pytestmark = [pytest.mark.backend, needs_interpreter]
 
 LAYOUT = KvLayout(4096, 16, (LayerGroup((0,), None), LayerGroup((1,), None)), 128, (0, 1), (0, 0))
 MOST_ROWS, MOST_QUERIES, MOST_CHUNKS, RING = 6, 64, 8, 16

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosspool.kernels import choice_fields
-from crosspool.kernels.triton.choice import chooses, fields_of
+from crosspool.kernels.triton.choice_row import chooses, fields_of
 
 _BLOCK = tl.constexpr(4096)
 _FIRST, _INDEX = tl.constexpr(choice_fields.FIRST), tl.constexpr(choice_fields.INDEX)
