@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# GPU kernels are interpreted by one thread each; everything else wants all cores.
+INTERPRETED := tests/kernels/triton tests/workers/cuda tests/benchmarks/test_gpu_check.py
+
 .PHONY: setup demo test kernels lint bench bench-peers bench-pools gpu-check fuzz clean help
 
 help:  ## list the targets
@@ -25,7 +28,8 @@ kernels: setup  ## compile the CPU kernels, if they are not in the cache folder
 	$(BIN)/python scripts/compile_kernels.py
 
 test: setup lint kernels  ## lint, types, import contracts and every test that needs no GPU
-	$(BIN)/pytest -m 'not gpu'
+	$(BIN)/pytest -m 'not gpu' $(INTERPRETED) --numprocesses 2
+	$(BIN)/pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
 
 lint: setup  ## style, types and import contracts
 	$(BIN)/ruff check .
