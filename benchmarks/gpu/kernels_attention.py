@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from crosspool.kernels.triton.head_products import latents_into_values, queries_into_latents
 from torch import Tensor
 
 from crosspool.kernels import reference
@@ -15,6 +14,7 @@ from crosspool.kernels.triton import words
 from crosspool.kernels.triton.attend import AttentionShape
 from crosspool.kernels.triton.decode import attend_blocks, decode_attention
 from crosspool.kernels.triton.gqa_write import gqa_write
+from crosspool.kernels.triton.latents import latents_into_values, queries_into_latents
 from crosspool.kernels.triton.mla_write import mla_write, rotate_queries
 from crosspool.kernels.triton.prefill import attend_part, prefill_attention
 from crosspool.kernels.triton.states import States, merge_states
