@@ -60,7 +60,7 @@ def chosen(fields: list[np.ndarray], logits: torch.Tensor) -> list[int]:
     return out[:-2].tolist()
 
 
-@pytest.mark.parametrize(("vocab", "cases"), [(1, 40), (2, 120), (13, 800), (300, 200), (3000, 60)])
+@pytest.mark.parametrize(("vocab", "cases"), [(1, 40), (2, 120), (13, 400), (300, 100), (3000, 30)])
 def test_tokens_are_the_references(vocab: int, cases: int) -> None:
     """Rows of a batch, each with its own rules; several blocks at the largest vocabulary."""
     rng = random.Random(vocab)
