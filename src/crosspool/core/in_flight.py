@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from crosspool.core.batch import Grant, Half, Phase, Piece
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId, WeightsDevice
-from crosspool.core.pick import NOTHING, delays, pick
+from crosspool.core.order_rule import already_passed, note_chunk, pick_one
+from crosspool.core.pick import NOTHING
 from crosspool.core.topology import Team, Topology
 
 
@@ -103,7 +104,7 @@ class InFlight:
         if grant.id in self._batches:
             raise InvariantError(f"grant {grant.id} is already in flight")
         batch = MicroBatch(grant, grant.start_by, {row.request for row in grant.rows})
-        batch.passed = self._already_passed(batch)
+        batch.passed = already_passed(batch, self._chunks_running.values())
         batch.piece = self._first_piece(batch)
         self._batches[grant.id] = batch
         self._enter(batch)
@@ -131,20 +132,12 @@ class InFlight:
         for batch, here in zip(batches, ready, strict=True):
             if here and batch.begun:
                 return self._begin(batch, team)
-        chosen = pick(
-            ready,
-            [batch.grant.phase for batch in batches],
-            [batch.start_by for batch in batches],
-            [batch.grant.id for batch in batches],
-            [batch.grant.layer_cost for batch in batches],
-            [batch.passed for batch in batches],
-            now,
-        )
+        chosen = pick_one(ready, batches, now)
         if chosen == NOTHING:
             return None
         batch = batches[chosen]
         if not batch.decoding:
-            self._note_chunk(batch, batches, now)
+            self._chunks_running[batch.grant.id] = note_chunk(batch.grant, batches, now)
         return self._begin(batch, team)
 
     def finish(self, task: LayerTask, now: Nanoseconds, ended: Sequence[RequestId] = ()) -> bool:
@@ -186,18 +179,6 @@ class InFlight:
             batch.grant.id, batch.step, batch.layer, batch.half, team, part, batch.parts, batch.piece
         )
 
-    def _note_chunk(self, batch: MicroBatch, batches: Sequence[MicroBatch], now: int) -> None:
-        cost = batch.grant.layer_cost
-        self._chunks_running[batch.grant.id] = now + cost
-        for other in batches:
-            if other.decoding and delays(other.start_by, cost, now):
-                other.passed += 1
-
-    def _already_passed(self, batch: MicroBatch) -> int:
-        """Whether a prefill layer task that runs now makes the token that begins wait, on whichever side."""
-        late = any(delays(batch.start_by, 0, end) for end in self._chunks_running.values())
-        return int(batch.decoding and late)
-
     def _advance(self, batch: MicroBatch, now: int) -> None:
         layers = self._layers(batch.grant.model)
         if batch.layer == layers:
@@ -205,7 +186,7 @@ class InFlight:
             batch.layer = 0
             batch.piece = self._first_piece(batch)
             batch.start_by = now + batch.grant.interval
-            batch.passed = self._already_passed(batch)
+            batch.passed = already_passed(batch, self._chunks_running.values())
         elif not batch.piece.ends:
             batch.piece = Piece(batch.piece + 1)
         elif batch.half is Half.ATTENTION:

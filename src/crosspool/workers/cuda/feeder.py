@@ -32,7 +32,7 @@ from crosspool.workers.cuda.grant import PackedGrant
 from crosspool.workers.cuda.home import GrantLimits, Home
 from crosspool.workers.cuda.lane_pass import Route
 from crosspool.workers.cuda.model import DeviceModel
-from crosspool.workers.cuda.order import already_passed, next_unit, note_unit
+from crosspool.workers.cuda.order import next_unit, note_unit, passed_at_begin
 from crosspool.workers.cuda.pipe import TokenPipe
 from crosspool.workers.grant_rows import tokens_of
 
@@ -84,7 +84,7 @@ class Feeder:
         packed = PackedGrant(grant, words, layout, home.memory, home.first_page)
         route = route_of(self._topology, grant.kv_device, model.geometry.num_layers)
         flight = Flight(grant, packed, model, route, grant.start_by)
-        flight.passed = already_passed(flight, self._flights.values(), self._clock.now())
+        flight.passed = passed_at_begin(flight, self._flights.values())
         self._flights[grant.id] = flight
 
     def cancel(self, request: RequestId) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from crosspool.core.pick import NOTHING, delays, pick
+from crosspool.core.order_rule import already_passed, note_chunk, pick_one
+from crosspool.core.pick import NOTHING
 from crosspool.workers.cuda.flight import Flight, FlightLane
 from crosspool.workers.cuda.lanes import Lane
 
@@ -24,15 +25,7 @@ def next_unit(flights: Collection[Flight], lanes: Iterable[Lane], now: int) -> F
     ready = [int(lane is not None) for lane in chosen_lanes]
     if not any(ready):
         return None
-    chosen = pick(
-        ready,
-        [flight.grant.phase for flight in waiting],
-        [flight.start_by for flight in waiting],
-        [flight.grant.id for flight in waiting],
-        [flight.grant.layer_cost for flight in waiting],
-        [flight.passed for flight in waiting],
-        now,
-    )
+    chosen = pick_one(ready, waiting, now)
     if chosen == NOTHING:
         return None
     flight, lane = waiting[chosen], chosen_lanes[chosen]
@@ -46,18 +39,15 @@ def note_unit(flight: Flight, flights: Collection[Flight], now: int) -> None:
     """Its next unit goes into a stream at ``now``: what that means for who comes later."""
     if flight.decoding:
         flight.start_by = now + flight.grant.interval
-        flight.passed = already_passed(flight, flights, now)
+        flight.passed = passed_at_begin(flight, flights)
         return
-    flight.ends = now + flight.grant.layer_cost
-    for other in flights:
-        if other.decoding and delays(other.start_by, flight.grant.layer_cost, now):
-            other.passed += 1
+    flight.ends = note_chunk(flight.grant, flights, now)
 
 
-def already_passed(flight: Flight, flights: Collection[Flight], now: int) -> int:
+def passed_at_begin(flight: Flight, flights: Collection[Flight]) -> int:
     """Whether a prompt's layer task that runs now makes the token that begins wait."""
     running = (other.ends for other in flights if not other.decoding and other.queued > 0)
-    return int(flight.decoding and any(delays(flight.start_by, 0, end) for end in running))
+    return already_passed(flight, running)
 
 
 def _lane_for(flight: Flight, lanes: Iterable[Lane]) -> FlightLane | None:
