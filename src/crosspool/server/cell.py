@@ -98,7 +98,6 @@ def _build_and_serve(channel: CellChannel, build: EngineFactory) -> None:
         threading.Thread(target=_receive, args=(channel, inbox, engine.wake), daemon=True).start()
         engine.stream_to(channel.tokens)
         # What is there by now stays: the collector need not go through torch and all weights' tensors again.
-        gc.collect()
         gc.freeze()
         channel.send(messages.Ready(engine.info))
         _serve(engine, inbox, channel.send)

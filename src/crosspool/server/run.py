@@ -115,7 +115,6 @@ class _Serving:
         if llm is None:
             self._state.open_llm = await AsyncLLM.open(self._engine)
             # Modules, routes and tokenizers stay; without them a collection is short.
-            gc.collect()
             gc.freeze()
             if self._on_ready is not None:
                 self._on_ready(self._engine.info, self._url())
