@@ -18,6 +18,8 @@ from crosspool.workers.resident.control import NO_SLOT, TASK_PART, TASK_SLOT, TA
 from helpers_state_space import Violation, explore
 
 ROUNDS = 3000
+PATIENCE = 1_000_000
+"""ns"""
 
 
 @kernel
@@ -48,7 +50,7 @@ def lead(team, shared, own_address, called, done, took):
 def follow(team, shared, own_address, done, took):
     taken = 0
     while True:
-        number = await_call(team, own_address, taken)
+        number = await_call(team, own_address, taken, PATIENCE)
         if number == NOT_CALLED:
             continue
         taken = number

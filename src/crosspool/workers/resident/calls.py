@@ -38,7 +38,6 @@ YIELD_FOR = 250_000
 SLEEP_FOR = 1_000_000_000
 """A wait spins so long (ns), yields until so long after its begin, and then sleeps so long at a time."""
 
-AWAY_FOR = 100_000_000
 NOT_CALLED = -2
 
 PAUSES = 4
@@ -73,9 +72,9 @@ def call(team, own, slot, stage, part):
 
 
 @kernel
-def await_call(team, own, taken):
+def await_call(team, own, taken, patience):
     """Member: wait for a task after number ``taken`` to which it is called. Returns its number, or NOT_CALLED
-    after AWAY_FOR (ns) in which there were tasks for others."""
+    if the last task is for others, after ``patience`` (ns)."""
     own_words = words(own, OWN_WORDS)
     begin = now()
     while True:
@@ -90,10 +89,10 @@ def await_call(team, own, taken):
             own_words[THREADS] = task >> CALLED_BIT
             own_words[ARRIVED], own_words[BASE] = what[TASK_ARRIVED], what[TASK_BASE]
             return number_of(task)
-        elif now() - begin > AWAY_FOR:
+        elif now() - begin > patience:
             return NOT_CALLED
         else:
-            sleep_on(team + 8 * RETURNS, returns, AWAY_FOR)
+            sleep_on(team + 8 * RETURNS, returns, patience)
             continue
         begin = now()
 

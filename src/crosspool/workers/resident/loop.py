@@ -173,14 +173,14 @@ def lead(crew_address, own, mine, table, tasks):
 
 
 @kernel
-def follow(crew_address, own, mine, taken, tasks):
+def follow(crew_address, own, mine, taken, tasks, patience):
     """A member's loop, from task number ``taken`` on. Returns the number of the last one after ``tasks`` of
     them, SENT_HOME, or NOT_CALLED, from before its first one only."""
     crew = words(crew_address, CREW_WORDS)
     team = crew[TEAM_TABLE] + 8 * TEAM_WORDS * crew[NUMBER]
     before = taken
     for _ in range(tasks):
-        number = await_call(team, own, taken)
+        number = await_call(team, own, taken, patience)
         if number == NOT_CALLED:
             return NOT_CALLED if taken == before else taken
         taken = number

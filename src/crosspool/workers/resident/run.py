@@ -9,7 +9,7 @@ import numpy as np
 from crosspool.backends.core_time import CoreWatch
 from crosspool.kernels.numba.compile import Entry
 from crosspool.workers.resident.attendance import call_all_soon, core_of
-from crosspool.workers.resident.calls import NOT_CALLED
+from crosspool.workers.resident.calls import NOT_CALLED, SLEEP_FOR
 from crosspool.workers.resident.control import SLOTS
 from crosspool.workers.resident.crew import (
     FFN_STAGE,
@@ -26,6 +26,8 @@ from crosspool.workers.resident.spread_stages import gqa_spread_stage, mla_sprea
 from crosspool.workers.resident.stages import ffn_stage, gqa_stage, head_stage, mla_stage
 
 ALL_TASKS = 2**62
+LOOK_EVERY = 100_000_000
+"""How often (ns) a thread that is not called looks whether its core is free."""
 
 STAGES: dict[int, Entry] = {
     GQA_STAGE: gqa_stage,
@@ -66,13 +68,15 @@ def run_leader(crew: Crew, index: int, tasks: int) -> None:
 
 
 def run_member(crew: Crew, index: int, tasks: int) -> None:
-    """Follow until sent home. While it is not called, it looks whether its core is free again."""
+    """Follow until sent home. While it is not called, it looks whether its core is free again; having said
+    so, it sleeps like everybody else until there is work."""
     own, mine = crew.own[index].ctypes.data, crew.mine[index].ctypes.data
     watch = CoreWatch()
-    taken = 0
+    taken, patience = 0, LOOK_EVERY
     while taken != SENT_HOME:
-        number = follow(crew.address, own, mine, taken, tasks or ALL_TASKS)
+        number = follow(crew.address, own, mine, taken, tasks or ALL_TASKS, patience)
         if number != NOT_CALLED:
-            taken = number
+            taken, patience = number, LOOK_EVERY
         elif watch.is_free(core_of(crew.attendance, index)):
             call_all_soon(crew.attendance)
+            patience = SLEEP_FOR
