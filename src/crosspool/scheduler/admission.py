@@ -16,7 +16,9 @@ from crosspool.scheduler.risk import OutgrowthRisk
 from crosspool.scheduler.sequence import Sequence
 
 AGED_AFTER = 4
-"""A head of line that has waited this many times its TTFT target lets nobody of another model pass it."""
+"""A head of line that has waited this many times its TTFT target lets only small requests pass it."""
+PASSING_PART = 4
+"""Those who pass an aged head of line hold together one in so many of the pages that it lacks at most."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,14 @@ class _Demand:
     @property
     def spare(self) -> int:
         return self.free - self.wanted
+
+
+@dataclass(slots=True)
+class _Passing:
+    """The pages of these devices which a head of line that has aged leaves to those who pass it."""
+
+    devices: frozenset[KvDevice]
+    pages: int
 
 
 class Admission:
@@ -87,8 +97,10 @@ class Admission:
         further.
 
         Nor does a sequence start while the risk is too high that those which run outgrow the pool, unless it
-        has aged. A head of line that has aged lets only those of its devices pass it whose pages it could not
-        have: those below the floor of another model, or all if its own model's cap is what it waits for.
+        has aged. A head of line that has aged lets those of its devices pass it whose pages it could not
+        have: those below the floor of another model, or all if its own model's cap is what it waits for. Of
+        the pages that it waits for, those who start since then hold a small part of what it lacks. So
+        requests of few pages need not wait for it, and it lacks ever less as those who run come to an end.
         """
         if not any(self._lines.values()) or self._blocked_at == self._pool.releases:
             return []
@@ -97,20 +109,26 @@ class Admission:
         forecast = self._risk.forecast(running, wanted.total())
         started: list[Sequence] = []
         blocked: set[ModelIndex] = set()
-        closed: set[KvDevice] = set()
+        passing: list[_Passing] = []
         while sequence := self._first(blocked):
             model = sequence.request.model
             reach = self._pool.reach(model)
-            found, floors_only = self._prefixes.find(sequence), not closed.isdisjoint(reach)
-            device = self._place(sequence, found, demands, wanted, floors_only=floors_only)
-            aged, alone = self._is_aged(sequence, now), not any(demands[d].running for d in reach)
+            found = self._prefixes.find(sequence)
+            left = [room for room in passing if not room.devices.isdisjoint(reach)]
+            most = min((room.pages for room in left), default=None)
+            device = self._place(sequence, found, demands, wanted, most)
+            aged, alone = now > _aged_at(sequence), not any(demands[d].running for d in reach)
             allowed = aged or alone or forecast.allows(sequence, self._held(model, found))
             if device is None or not allowed:
-                if aged and not self._is_capped(sequence, found, wanted):
-                    closed.update(reach)
+                lacking = self._needs(sequence, found) - self._room(model, demands, wanted)
+                if aged and lacking > 0 and not self._is_capped(sequence, found, wanted):
+                    passing.append(self._leave_room(sequence, lacking, running))
                 blocked.add(model)
                 continue
+            for room in left:
+                room.pages -= self._needs(sequence, found)
             self.leave(sequence)
+            sequence.admitted_at = now
             sequence.table = self._pool.open(model, device)
             self._prefixes.take_over(sequence)
             for other in self._pool.devices:
@@ -147,29 +165,44 @@ class Admission:
         found: Found,
         demands: list[_Demand],
         wanted: Counter[ModelIndex],
-        *,
-        floors_only: bool,
+        most: int | None,
     ) -> KvDevice | None:
         """Its home, if the sequence may start: of those within reach the device that has its prefix, if there
-        is room for the rest, or that with most pages to spare."""
+        is room for the rest, or that with most pages to spare. With ``most`` it may take no more pages than
+        that, but for those below its model's floor."""
         if sum(demand.running for demand in demands) >= self._max_running:
             return None
         model = sequence.request.model
-        reach, quotas = self._pool.reach(model), self._pool.quotas(model)
-        needed, own = self._needs(sequence, found), quotas.room_below_floor(model) - wanted[model]
-        if floors_only and needed > own:
+        reach, needed = self._pool.reach(model), self._needs(sequence, found)
+        if most is not None and needed > max(most, self._own(model, wanted)):
             return None
-        if any(demands[device].running for device in reach):
-            free = sum(demands[device].free for device in reach)
-            spare = max(sum(demands[device].spare for device in reach), min(own, free))
-            if needed > min(spare, quotas.spare(model, free, wanted)):
-                return None
+        if any(demands[device].running for device in reach) and needed > self._room(model, demands, wanted):
+            return None
         if found.home is not None and needed <= demands[found.home].spare:
             return found.home
         return max(reach, key=lambda device: (demands[device].spare, -device))
 
-    def _is_aged(self, sequence: Sequence, now: Nanoseconds) -> bool:
-        return now > sequence.due + (AGED_AFTER - 1) * (sequence.due - sequence.request.arrival)
+    def _room(self, model: ModelIndex, demands: list[_Demand], wanted: Counter[ModelIndex]) -> int:
+        """Pages that a sequence of this model could start with beside those that run."""
+        reach = self._pool.reach(model)
+        free = sum(demands[device].free for device in reach)
+        spare = max(sum(demands[device].spare for device in reach), min(self._own(model, wanted), free))
+        return min(spare, self._pool.quotas(model).spare(model, free, wanted))
+
+    def _own(self, model: ModelIndex, wanted: Counter[ModelIndex]) -> int:
+        """Pages below the model's floor that its running sequences do not want."""
+        return self._pool.quotas(model).room_below_floor(model) - wanted[model]
+
+    def _leave_room(self, head: Sequence, lacking: int, running: Iterable[Sequence]) -> _Passing:
+        """What an aged head of line that lacks so many pages leaves to others: part of what it would lack
+        without those who have started since it aged, less what these hold."""
+        devices, aged_at = frozenset(self._pool.reach(head.request.model)), _aged_at(head)
+        held = sum(
+            s.table.pages + self._wants(s)
+            for s in running
+            if s.table is not None and s.admitted_at > aged_at and s.table.device in devices
+        )
+        return _Passing(devices, (lacking - held) // PASSING_PART - held)
 
     def _is_capped(self, sequence: Sequence, found: Found, wanted: Counter[ModelIndex]) -> bool:
         """Whether the sequence waits for others of its own model, whatever other models hold."""
@@ -191,3 +224,7 @@ class Admission:
         most = self._pool.pages_for(sequence.request.model, sequence.known) - sequence.table.pages
         lacking = min(max(0, most), self._pool.missing(sequence.table, sequence.known))
         return lacking + len(sequence.table.groups)
+
+
+def _aged_at(sequence: Sequence) -> Nanoseconds:
+    return Nanoseconds(sequence.due + (AGED_AFTER - 1) * (sequence.due - sequence.request.arrival))

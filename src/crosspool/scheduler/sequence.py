@@ -92,6 +92,7 @@ class Sequence:
     spilled: SpilledPages | None = None
     grant: GrantId | None = None
     copy: CopyId | None = None
+    admitted_at: Nanoseconds = Nanoseconds(0)
     last_token_at: Nanoseconds = Nanoseconds(0)
     preemptions: int = 0
     finish: FinishReason | None = None
