@@ -1,6 +1,7 @@
-"""Three ways to share two devices' memory among eight cold models, on the real engine: two pools
-(crosspool), a model's weights and KV on one device with KV elastic among its models (monolithic), and the
-same with a fixed share of KV for each model (static). Kernels, admission and bytes for each device are equal.
+"""Ways to share two devices' memory among eight cold models, on the real engine: two pools (crosspool), a
+model's weights and KV on one device with KV elastic among its models (monolithic), the same with all models
+cut by tensor over both devices (sharded), and with a fixed share of KV for each model (static). Kernels,
+admission and bytes for each device are equal.
 
     PYTHONPATH=src:benchmarks python benchmarks/pools/modes.py [--rates 8,16,32] [--to FOLDER]
 
@@ -27,6 +28,7 @@ from pools.replay import Outcome, live_share, replay, summary
 from crosspool.build.start import start_engine
 from crosspool.core.config import MILLISECOND, EngineConfig, Mode, ModelConfig, PoolConfig, SchedulerConfig
 from crosspool.core.ids import Nanoseconds
+from crosspool.core.topology import Sharding
 from crosspool.demo.checkpoint import write_json, write_safetensors
 from crosspool.demo.random_models import qwen3_moe_config, qwen3_moe_shapes, random_tensors
 from crosspool.engine.engine import Engine
@@ -34,6 +36,12 @@ from crosspool.engine.engine import Engine
 TRACE = Path(__file__).parent.parent / "data" / "zoo_longburst_8.parquet"
 MODELS, VOCABULARY = 8, 8192
 DEVICES = ("cpu:0", "cpu:1")
+MODES = {
+    "crosspool": (Mode.CROSSPOOL, Sharding.LAYER),
+    "monolithic": (Mode.MONOLITHIC, Sharding.LAYER),
+    "sharded": (Mode.MONOLITHIC, Sharding.TENSOR),
+    "static": (Mode.STATIC, Sharding.LAYER),
+}
 BEFORE, AFTER = 20.0, 360.0
 """Seconds of the trace before a burst's first request, and from it on."""
 
@@ -69,7 +77,8 @@ def checkpoints() -> Iterator[list[Path]]:
         yield paths
 
 
-def build(paths: list[Path], mode: Mode, options: argparse.Namespace) -> Engine:
+def build(paths: list[Path], name: str, options: argparse.Namespace) -> Engine:
+    mode, sharding = MODES[name]
     kv, weights = (DEVICES[:1], DEVICES[1:]) if mode is Mode.CROSSPOOL else (DEVICES, DEVICES)
     return start_engine(
         EngineConfig(
@@ -80,6 +89,7 @@ def build(paths: list[Path], mode: Mode, options: argparse.Namespace) -> Engine:
             ),
             kv_devices=kv,
             weights_devices=weights,
+            sharding=sharding,
             threads=1,
             mode=mode,
         ),
@@ -121,7 +131,7 @@ def main() -> None:
     print(describe(), vars(options), flush=True)
     results: dict[str, dict[str, dict[str, float]]] = {}
     with checkpoints() as paths:
-        engines = {mode: build(paths, mode, options) for mode in Mode}
+        engines = {mode: build(paths, mode, options) for mode in MODES}
         shrink = (options.prompt_shrink, options.output_shrink)
         try:
             for mode, engine in engines.items():
@@ -135,15 +145,15 @@ def main() -> None:
             calm = [{name: values[part["burst"] == 0] for name, values in part.items()} for part in parts]
             rates = [float(rate) for rate in options.rates.split(",")]
             for load, rate in [("calm", rates[0]), *(("bursts", rate) for rate in rates)]:
-                outcomes: dict[Mode, list[Outcome]] = {mode: [] for mode in Mode}
+                outcomes: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
                 for number, part in enumerate(calm if load == "calm" else parts):
-                    order = list(Mode) if number % 2 else list(reversed(Mode))
+                    order = list(MODES) if number % 2 else list(reversed(MODES))
                     for mode in order:
                         outcomes[mode].append(replay(engines[mode], part, rate, numbers, shrink))
                 for mode, own in outcomes.items():
                     pool = engines[mode].info.kv_pool_bytes / TOKEN_BYTES
                     result = summary(own) | {"live": live_share(own, pool)}
-                    results.setdefault(str(mode), {})[f"{load} {rate:g}"] = result
+                    results.setdefault(mode, {})[f"{load} {rate:g}"] = result
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
                     print(f"{load:6} rate {rate:5g} {mode:11} {shown}", flush=True)
         finally:

@@ -134,7 +134,7 @@ def test_what_gpus_cannot_do_is_refused(folders, cards):
         build_engine(config_of(folders, kernels=Kernels.REFERENCE))
     with pytest.raises(ConfigError, match="weights_memory huge is about CPU devices"):
         build_engine(config_of(folders, PoolConfig(weights_memory=WeightsMemory.HUGE)))
-    with pytest.raises(ConfigError, match="takes one KV device, not cuda:0, cuda:1"):
+    with pytest.raises(ConfigError, match="one KV device, not cuda:0, cuda:1"):
         build_engine(config_of(folders, kv_devices=("cuda:0", "cuda:1")))
     with pytest.raises(ConfigError, match="devices of one kind are needed, not cuda:0, cpu:0"):
         build_engine(config_of(folders, weights_devices=("cpu:0",)))

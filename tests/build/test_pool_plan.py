@@ -11,7 +11,9 @@ from crosspool.build.quotas import quotas_of
 from crosspool.core.config import EngineConfig, Mode, ModelConfig, PoolConfig
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import KvDevice, ModelIndex
+from crosspool.core.kv_layout import make_layout
 from crosspool.core.spec import ModelSpec
+from crosspool.core.topology import Sharding
 from crosspool.pools.quotas import Quota
 from helpers_specs import gqa_spec, mla_spec
 
@@ -55,6 +57,39 @@ def test_each_device_has_its_models_and_their_kv(mode: Mode) -> None:
     for device, used in enumerate(weights):
         assert len(plan.places.pages_of(KvDevice(device))) == (MEMORY - used) // PAGE
     assert max(weights) <= 4 / 3 * max(sum(weights) / 2, max(map(whole, SPECS.values())))
+
+
+@pytest.mark.parametrize("mode", [Mode.MONOLITHIC, Mode.STATIC])
+def test_models_that_are_cut_have_kv_on_all_devices_beside_their_parts(mode: Mode) -> None:
+    config = config_of(MEMORY, mode, kv_devices=TWO, weights_devices=TWO, sharding=Sharding.TENSOR)
+    plan = plan_pools(config, SPECS, 1 << 40)
+    assert plan.homes == {}
+    ffns = sum(spec.ffn_bytes(layer, 2) for spec in SPECS.values() for layer in range(spec.num_layers))
+    attention = sum(spec.attention_side_bytes for spec in SPECS.values())
+    rest = 2 * MEMORY - ffns - attention
+    assert rest // PAGE - 1 <= plan.places.total <= rest // PAGE
+    if mode is Mode.STATIC:
+        share = plan.places.total // len(SPECS)
+        assert set(quotas_of(config, SPECS, plan).values()) == {Quota(share, share)}
+
+
+def test_heads_are_kept_again_on_devices_that_are_more_than_they() -> None:
+    """Latents are one head of all; a model of three key-value heads keeps each twice on four devices."""
+    four = tuple(f"cpu:{n}" for n in range(4))
+    specs = {ModelIndex(0): gqa_spec(layers=4, kv_heads=3), ModelIndex(1): mla_spec(layers=4)}
+    once = {model: make_layout(spec, 16 * PAGE).tokens_per_page for model, spec in specs.items()}
+
+    def tokens_per_page(mode: Mode, sharding: Sharding) -> dict[ModelIndex, int]:
+        config = config_of(None, mode, kv_devices=four, weights_devices=four, sharding=sharding)
+        config = replace(config, pools=PoolConfig(page_bytes=16 * PAGE, kv_pool_bytes=1 << 24))
+        layouts = plan_pools(config, specs, 1 << 40).layouts
+        assert all(layouts[m].bytes_per_token_layer == specs[m].kv_bytes_per_token_layer for m in specs)
+        return {model: layout.tokens_per_page for model, layout in layouts.items()}
+
+    cut = tokens_per_page(Mode.MONOLITHIC, Sharding.TENSOR)
+    assert [cut[model] for model in specs] == [once[ModelIndex(0)] // 2, once[ModelIndex(1)] // 4]
+    assert tokens_per_page(Mode.MONOLITHIC, Sharding.LAYER) == once
+    assert tokens_per_page(Mode.CROSSPOOL, Sharding.TENSOR) == once
 
 
 def test_in_two_pools_no_model_has_a_home() -> None:
@@ -102,10 +137,11 @@ def test_one_way_to_size_the_pool() -> None:
         PoolConfig(kv_pool_bytes=1000, device_bytes=2000)
 
 
+@pytest.mark.parametrize("sharding", [Sharding.LAYER, Sharding.TENSOR])
 @pytest.mark.parametrize("mode", [Mode.MONOLITHIC, Mode.STATIC])
-def test_whole_models_need_devices_that_do_both(mode: Mode) -> None:
+def test_one_memory_needs_devices_that_do_both(mode: Mode, sharding: Sharding) -> None:
     with pytest.raises(ConfigError, match="not cpu:0 and cpu:1"):
-        config_of(None, mode, kv_devices=("cpu:0",), weights_devices=("cpu:1",))
+        config_of(None, mode, kv_devices=("cpu:0",), weights_devices=("cpu:1",), sharding=sharding)
 
 
 def test_a_static_partition_divides_each_device_among_its_models() -> None:

@@ -172,6 +172,7 @@ def generate(engine: Engine, names: list[str]) -> dict[str, list[list[int]]]:
         {"weights_devices": ("cpu:1", "cpu:2", "cpu:3", "cpu:4")},
         {**TWO, "mode": Mode.MONOLITHIC},
         {**TWO, "mode": Mode.MONOLITHIC, "kernels": Kernels.REFERENCE},
+        {**TWO, "mode": Mode.MONOLITHIC, "sharding": Sharding.TENSOR},
     ],
     ids=[
         "one device",
@@ -180,6 +181,7 @@ def generate(engine: Engine, names: list[str]) -> dict[str, list[list[int]]]:
         "four weights by layer",
         "whole models",
         "whole models, reference",
+        "parts of all models",
     ],
 )
 def test_every_model_serves_on_every_placement(build, folders, expected, placement):

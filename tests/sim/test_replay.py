@@ -140,3 +140,9 @@ def test_the_pools_use_is_sampled_by_time() -> None:
     assert result.live == [0, 100 * token, 0, 0, 0]
     # Pages come with chunks of 64 tokens.
     assert result.held == [4 * PAGE, 8 * PAGE, 0, 0, 0]
+
+
+def test_who_would_never_fit_is_refused_and_the_others_are_served() -> None:
+    result = run(5, (0.0, 0, 20, 4), (0.1, 0, 5 * 16, 4), (0.2, 0, 20, 4))
+    assert [record.refused for record in result.records] == [False, True, False]
+    assert [record.tokens for record in result.records] == [4, 0, 4]

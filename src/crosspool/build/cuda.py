@@ -12,13 +12,13 @@ from crosspool.backends.device import Device
 from crosspool.backends.factory import make_cuda_devices
 from crosspool.build.pool_plan import PoolPlan, choose_homes, ffn_bytes_by_layer, plan_pools
 from crosspool.build.workers import Compiling, Specs
-from crosspool.core.config import EngineConfig, Kernels, Mode, WeightsMemory
+from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
 from crosspool.core.kv_layout import KvLayout, choose_page_bytes, make_layout
 from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
-from crosspool.core.topology import Topology
+from crosspool.core.topology import Sharding, Topology
 from crosspool.costs.layer import HardwareProfile
 from crosspool.models.weights import AttentionSideWeights, FfnWeights
 from crosspool.workers.clock import MonotonicClock
@@ -81,10 +81,10 @@ def _check(config: EngineConfig) -> None:
     for model in config.models:
         if model.weights_dtype != "auto":
             raise ConfigError(f"model {model.name}: weights_dtype {model.weights_dtype} needs CPU devices")
-    if len(config.kv_devices) > 1 and config.mode is Mode.CROSSPOOL:
+    if len(config.kv_devices) > 1 and config.topology.sharding is not Sharding.MODEL:
         raise ConfigError(
-            f"on GPUs a sequence has all its KV on one device: mode {config.mode} takes one KV device, not "
-            f"{', '.join(config.kv_devices)}"
+            "on GPUs a sequence has all its KV on one device: where models have no homes there is one KV "
+            f"device, not {', '.join(config.kv_devices)}"
         )
 
 

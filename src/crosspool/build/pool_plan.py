@@ -48,8 +48,9 @@ def plan_pools(config: EngineConfig, specs: Mapping[ModelIndex, ModelSpec], avai
     ConfigError if the KV pool is too small to hold anything of some model.
     """
     pools = config.pools
-    page_bytes = pools.page_bytes or choose_page_bytes(specs.values())
-    layouts = {model: make_layout(spec, page_bytes) for model, spec in specs.items()}
+    copies = {model: config.kv_copies(spec.attention.num_kv_heads) for model, spec in specs.items()}
+    page_bytes = pools.page_bytes or max(copies.values()) * choose_page_bytes(specs.values())
+    layouts = {model: make_layout(spec, page_bytes, copies[model]) for model, spec in specs.items()}
     homes = choose_homes(config.topology, specs)
     ffns = sum(sum(ffn_bytes_by_layer(spec, config.topology)) for spec in specs.values())
     weights_pool = pools.weights_pool_bytes or ffns

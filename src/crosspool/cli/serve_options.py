@@ -105,8 +105,8 @@ ModeOption = Annotated[
     Mode | None,
     typer.Option(
         "--mode",
-        help="Two pools, or, to compare with, each model wholly on one device, where its KV is elastic "
-        "(monolithic) or has a fixed share (static).",
+        help="Two pools, or, to compare with, each model wholly on one device (with ffn_sharding tensor, in "
+        "parts on all), where its KV is elastic (monolithic) or has a fixed share (static).",
         show_default="crosspool",
     ),
 ]

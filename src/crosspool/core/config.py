@@ -151,9 +151,9 @@ class SchedulerConfig:
 
 class Mode(StrEnum):
     """How models share the devices' memory. CROSSPOOL: two pools, any page to any model. MONOLITHIC: a
-    model's weights and KV are on one device, whose KV pages any of its models may take. STATIC: likewise, but
-    each model has a share of its own: its kv_floor_bytes and kv_cap_bytes, and what these leave open is
-    divided equally among the device's models."""
+    model's weights and KV are on one device, or, with tensor sharding, parts of both on each device; any
+    model there may take its KV pages. STATIC: likewise, but each model has a share of its own: its
+    kv_floor_bytes and kv_cap_bytes, and what these leave open is divided equally among the models."""
 
     CROSSPOOL = "crosspool"
     MONOLITHIC = "monolithic"
@@ -173,9 +173,9 @@ class EngineConfig:
     """Everything one engine process (a cell) is made from.
 
     In modes other than CROSSPOOL both lists of devices are the same, and every model is wholly on one of
-    them, whatever ``sharding`` says. ``threads`` is the number of cores each device computes with; None
-    divides the machine's cores among the teams. With the reference kernels one of each team's is left to
-    whoever delivers the tokens.
+    them, unless ``sharding`` is TENSOR: then every model is on all. ``threads`` is the number of cores each
+    device computes with; None divides the machine's cores among the teams. With the reference kernels one of
+    each team's is left to whoever delivers the tokens.
     """
 
     models: tuple[ModelConfig, ...]
@@ -213,5 +213,17 @@ class EngineConfig:
 
     @property
     def topology(self) -> Topology:
-        sharding = self.sharding if self.mode is Mode.CROSSPOOL else Sharding.MODEL
-        return Topology(self.kv_devices, self.weights_devices, sharding)
+        whole = self.mode is not Mode.CROSSPOOL and self.sharding is not Sharding.TENSOR
+        if self.mode is not Mode.CROSSPOOL and self.kv_devices != self.weights_devices:
+            raise ConfigError(
+                f"in mode {self.mode} KV devices and weights devices are the same, not "
+                f"{', '.join(self.kv_devices)} and {', '.join(self.weights_devices)}"
+            )
+        return Topology(self.kv_devices, self.weights_devices, Sharding.MODEL if whole else self.sharding)
+
+    def kv_copies(self, kv_heads: int) -> int:
+        """How often a token's KV is kept: once, but where each device has a part of every model's heads, and
+        heads are fewer than devices."""
+        if self.mode is Mode.CROSSPOOL or self.sharding is not Sharding.TENSOR:
+            return 1
+        return -(-len(self.kv_devices) // kv_heads)

@@ -60,12 +60,13 @@ class KvLayout:
         return 0 if window is None else max(0, position - window + 1) // self.tokens_per_page
 
 
-def make_layout(spec: ModelSpec, page_bytes: int) -> KvLayout:
+def make_layout(spec: ModelSpec, page_bytes: int, copies: int = 1) -> KvLayout:
     """The layout with the fewest groups such that a page holds at least 16 tokens of each group.
 
-    Raises ConfigError if not even one layer's 16 tokens fit.
+    A token takes the room of so many ``copies``, of which one is written. Raises ConfigError if not even one
+    layer's 16 tokens fit.
     """
-    token_layer = spec.kv_bytes_per_token_layer
+    token_layer = copies * spec.kv_bytes_per_token_layer
     most_layers = page_bytes // (MIN_TOKENS_PER_PAGE * token_layer)
     if most_layers < 1:
         raise ConfigError(
@@ -82,7 +83,7 @@ def make_layout(spec: ModelSpec, page_bytes: int) -> KvLayout:
         page_bytes=page_bytes,
         tokens_per_page=page_bytes // (widest * token_layer),
         groups=groups,
-        bytes_per_token_layer=token_layer,
+        bytes_per_token_layer=spec.kv_bytes_per_token_layer,
         group_of_layer=tuple(group_of),
         place_of_layer=tuple(place_of),
     )

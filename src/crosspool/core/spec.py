@@ -104,6 +104,11 @@ class MlaSpec:
     latent_norm_eps: float = 1e-6
 
     @property
+    def num_kv_heads(self) -> int:
+        """All heads read the same latents."""
+        return 1
+
+    @property
     def kv_elements_per_token(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim
 

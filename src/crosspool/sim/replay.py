@@ -12,7 +12,7 @@ from crosspool.build.control import assemble
 from crosspool.build.pool_plan import PoolPlan
 from crosspool.core.batch import Phase
 from crosspool.core.config import SECOND, EngineConfig
-from crosspool.core.errors import InvariantError
+from crosspool.core.errors import InvariantError, RequestTooLargeError
 from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import ModelInfo
 from crosspool.core.request import Request
@@ -34,7 +34,7 @@ EACH_ITS_OWN = 1 << 30
 @dataclass(slots=True)
 class RequestRecord:
     """What became of one request, in ns of virtual time. ``waits`` are the times it waited for pages, by why;
-    ``pauses`` its times between tokens that were longer than a step."""
+    ``pauses`` its times between tokens that were longer than a step. ``refused``: it would never fit."""
 
     model: ModelIndex
     arrival: int
@@ -43,6 +43,7 @@ class RequestRecord:
     tokens: int = 0
     waits: dict[Wait, int] = field(default_factory=dict)
     pauses: list[int] = field(default_factory=list)
+    refused: bool = False
 
     @property
     def waited(self) -> int:
@@ -161,18 +162,20 @@ class _Replay:
         model, prompt = self._models[identity], self._prompts[identity]
         most = self._most_tokens(prompt, self._outputs[identity])
         self._records.append(RequestRecord(model, self._clock.now()))
-        self._engine.add(
-            Request(
-                identity,
-                model,
-                (identity, *(TOKEN,) * (prompt - 1)),
-                SamplingParams(max_tokens=most),
-                most,
-                seed=0,
-                stop_token_ids=frozenset(),
-                arrival=self._clock.now(),
-            )
+        request = Request(
+            identity,
+            model,
+            (identity, *(TOKEN,) * (prompt - 1)),
+            SamplingParams(max_tokens=most),
+            most,
+            seed=0,
+            stop_token_ids=frozenset(),
+            arrival=self._clock.now(),
         )
+        try:
+            self._engine.add(request)
+        except RequestTooLargeError:
+            self._records[-1].refused = True
 
     def _step(self) -> None:
         self._result.steps += 1
