@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from machine import describe
 
-from crosspool.kernels.numba.ffn import Expert, describe_ffn, ffn_half, ffn_mine_bytes, ffn_room_bytes
+from crosspool.kernels.numba.ffn import ffn_half
+from crosspool.kernels.numba.ffn_fields import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
 from crosspool.kernels.numba.matrix import Weight, quantise
 from crosspool.kernels.numba.router import describe_router
 from crosspool.kernels.numba.team import SHARED_WORDS, new_own

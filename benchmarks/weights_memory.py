@@ -21,7 +21,8 @@ from machine import describe
 
 from crosspool.backends.weights_memory import HugeArena
 from crosspool.core.spec import ModelSpec
-from crosspool.kernels.numba.ffn import Expert, describe_ffn, ffn_half, ffn_mine_bytes, ffn_room_bytes
+from crosspool.kernels.numba.ffn import ffn_half
+from crosspool.kernels.numba.ffn_fields import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
 from crosspool.kernels.numba.matrix import CODES
 from crosspool.kernels.numba.router import describe_router
 from crosspool.kernels.numba.team import SHARED_WORDS, new_own

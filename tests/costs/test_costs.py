@@ -66,17 +66,31 @@ def test_every_expert_is_touched_in_the_end() -> None:
 def test_calibration_starts_at_the_prediction_and_follows_the_measurements() -> None:
     calibration, model = Calibration(), ModelIndex(0)
     key = (model, Phase.DECODE, Half.FFN)
-    assert calibration.correct(*key, 1000) == 1000
-    calibration.learn(*key, 1000, 3000)
-    assert calibration.correct(*key, 1000) == 3000
-    calibration.learn(*key, 1000, 1000)
-    assert calibration.correct(*key, 1000) == 2000, "the first measurements count alike"
+    assert calibration.correct(*key, 4, 1000) == 1000
+    calibration.learn(*key, 4, 1000, 3000)
+    assert calibration.correct(*key, 4, 1000) == 3000
+    calibration.learn(*key, 4, 1000, 1000)
+    assert calibration.correct(*key, 4, 1000) == 2000, "the first measurements count alike"
     for _ in range(30):
-        calibration.learn(*key, 1000, 1500)
-    assert calibration.correct(*key, 1000) == pytest.approx(1500, rel=0.01)
-    calibration.learn(*key, 1000, 0)
-    assert calibration.correct(*key, 1000) == pytest.approx(1500, rel=0.01)
-    assert calibration.correct(model, Phase.PREFILL, Half.FFN, 1000) == 1000
+        calibration.learn(*key, 4, 1000, 1500)
+    assert calibration.correct(*key, 4, 1000) == pytest.approx(1500, rel=0.01)
+    calibration.learn(*key, 4, 1000, 0)
+    assert calibration.correct(*key, 4, 1000) == pytest.approx(1500, rel=0.01)
+    assert calibration.correct(model, Phase.PREFILL, Half.FFN, 4, 1000) == 1000
+
+
+def test_few_tokens_teach_nothing_of_many_but_where_nothing_else_is_known() -> None:
+    """Bound by bytes, a prompt's end takes a third of what was predicted; bound by operations, a tenth."""
+    calibration, key = Calibration(), (ModelIndex(0), Phase.PREFILL, Half.FFN)
+    calibration.learn(*key, 64, 10_000, 3_000)
+    assert calibration.correct(*key, 512, 60_000) == pytest.approx(18_000, abs=1)
+    for _ in range(20):
+        calibration.learn(*key, 448, 50_000, 5_000)
+        calibration.learn(*key, 64, 10_000, 3_000)
+    assert calibration.correct(*key, 512, 60_000) == pytest.approx(6_000, abs=1)
+    assert calibration.correct(*key, 65, 10_000) == pytest.approx(3_000, abs=1)
+    calibration.learn(*key, 600, 0, 1)
+    assert calibration.correct(*key, 512, 60_000) == pytest.approx(6_000, abs=1), "nothing was predicted"
 
 
 def test_each_direction_of_copies_has_the_bandwidth_that_was_measured() -> None:

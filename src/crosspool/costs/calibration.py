@@ -1,4 +1,7 @@
-"""Corrects predicted times by measured ones, of layers for each model and phase."""
+"""Corrects predicted times by measured ones, of layers for each model, phase and size of the work.
+
+What a machine makes of many tokens says little of what it makes of few: there operations count, here bytes.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,25 @@ class Ratio:
 
 
 class Calibration:
-    """The ratio of every kind of layer task."""
+    """The ratio of every kind of layer task, apart for each doubling of its tokens. Where nothing was
+    measured, that of the nearest size holds."""
 
     def __init__(self) -> None:
-        self._ratios: defaultdict[tuple[ModelIndex, Phase, Half], Ratio] = defaultdict(Ratio)
+        self._ratios: defaultdict[tuple[ModelIndex, Phase, Half], dict[int, Ratio]] = defaultdict(dict)
 
-    def correct(self, model: ModelIndex, phase: Phase, half: Half, predicted: int) -> Nanoseconds:
-        return self._ratios[model, phase, half].correct(predicted)
+    def correct(
+        self, model: ModelIndex, phase: Phase, half: Half, tokens: int, predicted: int
+    ) -> Nanoseconds:
+        sizes, size = self._ratios[model, phase, half], tokens.bit_length()
+        if not sizes:
+            return Nanoseconds(predicted)
+        ratio = sizes.get(size) or sizes[min(sizes, key=lambda known: abs(known - size))]
+        return ratio.correct(predicted)
 
-    def learn(self, model: ModelIndex, phase: Phase, half: Half, predicted: int, measured: int) -> None:
-        self._ratios[model, phase, half].learn(predicted, measured)
+    def learn(
+        self, model: ModelIndex, phase: Phase, half: Half, tokens: int, predicted: int, measured: int
+    ) -> None:
+        """``predicted`` is the uncorrected prediction. Times of 0 (nothing ran) teach nothing."""
+        if predicted > 0 and measured > 0:
+            sizes = self._ratios[model, phase, half]
+            sizes.setdefault(tokens.bit_length(), Ratio()).learn(predicted, measured)

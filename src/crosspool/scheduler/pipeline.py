@@ -99,11 +99,11 @@ class Pipeline:
         work = costs.work((row.start, len(row.tokens)) for row in grant.rows)
         for half, measured in zip(Half, layer_times, strict=True):
             predicted = costs.half(half, work)
-            self._calibration.learn(grant.model, grant.phase, half, predicted, measured)
+            self._calibration.learn(grant.model, grant.phase, half, work.tokens, predicted, measured)
 
     def _layer_times(self, model: ModelIndex, phase: Phase, work: Work) -> tuple[int, int]:
         costs, correct = self._costs[model], self._calibration.correct
         return (
-            correct(model, phase, Half.ATTENTION, costs.attention(work)),
-            correct(model, phase, Half.FFN, costs.ffn(work)),
+            correct(model, phase, Half.ATTENTION, work.tokens, costs.attention(work)),
+            correct(model, phase, Half.FFN, work.tokens, costs.ffn(work)),
         )

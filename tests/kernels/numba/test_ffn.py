@@ -13,7 +13,8 @@ import torch
 from crosspool.kernels import reference
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.numba.activation import ACTIVATIONS
-from crosspool.kernels.numba.ffn import Expert, describe_ffn, ffn_half, ffn_mine_bytes, ffn_room_bytes
+from crosspool.kernels.numba.ffn import ffn_half
+from crosspool.kernels.numba.ffn_fields import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
 from crosspool.kernels.numba.matrix import CODES, quantise
 from crosspool.kernels.numba.router import describe_router
 from crosspool.kernels.numba.team import SHARED_WORDS, new_own

@@ -24,9 +24,14 @@ VECTORS_AT_ONCE = 2 * SIDE
 
 products11 = make_products(1, 1)
 _products12 = make_products(1, 2)
+_products21 = make_products(2, 1)
 _products22 = make_products(2, 2)
 _room = make_room(PACKED_BYTES + 6 * TILE_BYTES + 8 * SIDE)
 """Of the stack: packed vectors, 4 tiles of sums, the ends of 2 tiles of rows, addresses."""
+
+
+_sums_room = make_room(6 * TILE_BYTES + 8 * SIDE)
+"""The same without packed vectors."""
 
 
 @kernel
@@ -36,29 +41,56 @@ def amx_rows(weights, stride, rows, columns, x, count, out, out_stride):
     v * out_stride + 4 * r``."""
     packed = _room()
     sums = packed + PACKED_BYTES
-    rests, pointers = sums + 4 * TILE_BYTES, sums + 6 * TILE_BYTES
     deep = -(-columns // DEPTH)
     at_once = min(VECTORS_AT_ONCE, PACKED_BYTES // (deep * SIDE * 2 * DEPTH) * SIDE)
     at_once = max(1, at_once)
     for begin in range(0, count, at_once):
         vectors = min(at_once, count - begin)
-        width = 1 if vectors == 1 else SIDE
-        _pack(x[begin : begin + vectors], columns, deep, packed, pointers)
-        configure(np.int64(SIDE), np.int64(width))
-        whole = rows - rows % SIDE
-        row = 0
-        while row < whole:
-            tiles = 2 if vectors > SIDE and whole - row >= 2 * SIDE else 1
-            _multiply(weights + row * stride, stride, tiles, SIDE, columns, packed, vectors, rests, sums)
-            place = out + begin * out_stride + 4 * row
-            _unload(sums, tiles, SIDE, vectors, place, out_stride, pointers)
-            row += tiles * SIDE
-        if row < rows:
-            configure(np.int64(rows - row), np.int64(width))
-            place = out + begin * out_stride + 4 * row
-            _multiply(weights + row * stride, stride, 1, rows - row, columns, packed, vectors, rests, sums)
-            _unload(sums, 1, rows - row, vectors, place, out_stride, pointers)
+        _pack(x[begin : begin + vectors], columns, deep, packed, sums + 6 * TILE_BYTES)
+        place = out + begin * out_stride
+        width, tiles = 1 if vectors == 1 else SIDE, 2 if vectors > SIDE else 1
+        _by_packed(weights, stride, rows, columns, packed, vectors, width, tiles, sums, place, out_stride)
     release()
+
+
+@inline
+def group_bytes(columns):
+    """Of a group of SIDE packed vectors."""
+    return -(-columns // DEPTH) * TILE_BYTES
+
+
+@kernel
+def pack_vectors(x, count, columns, packed):
+    """Pack up to SIDE vectors at the addresses ``x`` as one group at ``packed``."""
+    _pack_group(x, count, columns, packed, _sums_room())
+
+
+@kernel
+def packed_rows(weights, stride, rows, columns, packed, count, again, out, out_stride):
+    """As ``amx_rows``, to the bit, of up to VECTORS_AT_ONCE vectors that are packed already: in groups of
+    SIDE one after the other. ``again``: the weights have just been read, and are in the core's cache."""
+    tiles = 2 if again or count > SIDE else 1
+    _by_packed(weights, stride, rows, columns, packed, count, SIDE, tiles, _sums_room(), out, out_stride)
+    release()
+
+
+@inline
+def _by_packed(weights, stride, rows, columns, packed, vectors, width, tiles, sums, out, out_stride):
+    """All rows, up to ``tiles`` tiles at once, by vectors packed ``width`` a tile. At ``sums`` is room for
+    sums, ends of rows, addresses."""
+    rests, pointers = sums + 4 * TILE_BYTES, sums + 6 * TILE_BYTES
+    configure(np.int64(SIDE), np.int64(width))
+    whole = rows - rows % SIDE
+    row = 0
+    while row < whole:
+        own = min(tiles, (whole - row) // SIDE)
+        _multiply(weights + row * stride, stride, own, SIDE, columns, packed, vectors, width, rests, sums)
+        _unload(sums, own, SIDE, vectors, out + 4 * row, out_stride, pointers)
+        row += own * SIDE
+    if row < rows:
+        configure(np.int64(rows - row), np.int64(width))
+        _multiply(weights + row * stride, stride, 1, rows - row, columns, packed, vectors, width, rests, sums)
+        _unload(sums, 1, rows - row, vectors, out + 4 * row, out_stride, pointers)
 
 
 @inline
@@ -68,17 +100,23 @@ def _pack(x, columns, deep, packed, pointers):
     if len(x) == 1:
         copy_halves(x[0], columns, packed, deep * DEPTH)
         return
-    whole = columns // DEPTH
     for first in range(0, len(x), SIDE):
-        rows = words(pointers, SIDE)
+        _pack_group(
+            x[first:], min(SIDE, len(x) - first), columns, packed + first * deep * 2 * DEPTH, pointers
+        )
+
+
+@inline
+def _pack_group(x, count, columns, packed, pointers):
+    whole = columns // DEPTH
+    rows = words(pointers, SIDE)
+    for i in range(SIDE):
+        rows[i] = x[min(i, count - 1)]
+    for step in range(whole):
+        transpose(pointers, np.int64(64 * step), packed + step * TILE_BYTES, np.int64(64))
+    if whole * DEPTH < columns:
         for i in range(SIDE):
-            rows[i] = x[min(first + i, len(x) - 1)]
-        place = packed + first * deep * 2 * DEPTH
-        for step in range(whole):
-            transpose(pointers, np.int64(64 * step), place + step * TILE_BYTES, np.int64(64))
-        if whole < deep:
-            for i in range(SIDE):
-                put_rest(rows[i], whole * DEPTH, columns, place + whole * TILE_BYTES + 4 * i)
+            put_rest(rows[i], whole * DEPTH, columns, packed + whole * TILE_BYTES + 4 * i)
 
 
 @inline
@@ -100,10 +138,11 @@ def put_rest(source, begin, columns, target):
 
 
 @inline
-def _multiply(weights, stride, tiles, rows, columns, packed, vectors, rests, sums):
+def _multiply(weights, stride, tiles, rows, columns, packed, vectors, width, rests, sums):
     """One or two tiles of ``rows`` rows by all vectors, to the sums.
 
-    Up to a tile of vectors the weights come from memory, which is read fastest with few rows at a time.
+    Memory is read fastest with few rows at a time: so one tile where weights come from there for up to SIDE
+    vectors.
     """
     deep, whole = -(-columns // DEPTH), columns // DEPTH
     rest = 0
@@ -112,13 +151,15 @@ def _multiply(weights, stride, tiles, rows, columns, packed, vectors, rests, sum
         for row in range(tiles * rows):
             left = columns - whole * DEPTH
             copy_halves(weights + row * stride + whole * 2 * DEPTH, left, rests + 64 * row, DEPTH)
-    x_stride = 4 if vectors == 1 else 4 * SIDE
+    x_stride = 4 * width
     x_tile = deep * SIDE * x_stride
     if vectors > SIDE:
         if tiles == 2:
             _products22(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
         else:
             _products12(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
+    elif tiles == 2:
+        _products21(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
     else:
         products11(weights, stride, whole, rest, packed, x_stride, x_tile, sums)
 

@@ -199,8 +199,11 @@ def _weigh(weights, first, seen, scale, ahead, asks):
     for i in range(BLOCK):
         own[i] *= scale
     highest = fold(address_of(weights), True)
-    for part in range(PARTS):
-        exponentials(address_of(weights) + part * (4 * BLOCK // PARTS), np.int64(BLOCK // PARTS), highest)
+    for begin in range(0, BLOCK, BLOCK // PARTS):
+        if begin < seen:
+            exponentials(address_of(weights) + 4 * begin, np.int64(BLOCK // PARTS), highest)
+        else:
+            _fill(weights, begin, begin + BLOCK // PARTS, np.float32(0))
         ask(ahead, asks)
     return highest, fold(address_of(weights), False)
 
@@ -241,6 +244,7 @@ def merge(state, other, width):
 @kernel
 def finish(state, width, out, dtype):
     """Store a state's mean value at address ``out`` in ``dtype``; the state's values are overwritten."""
+    total = state[width + 1]
     for i in range(width):
-        state[i] /= state[width + 1]
+        state[i] /= total
     narrow(state, width, out, dtype)

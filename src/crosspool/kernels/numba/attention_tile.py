@@ -137,6 +137,7 @@ def exponentials(typing: Any, values: Any, count: Any, highest: Any) -> Any:
         fma = declared(builder, f"llvm.fma.v{SIDE}f32", kind, [kind] * 3)
         rounds, high, low = (ir.Constant(kind, [float(c)] * SIDE) for c in (ROUNDS, -LN2_HIGH, -LN2_LOW))
         log2, least, most = (ir.Constant(kind, [float(c)] * SIDE) for c in (LOG2_E, LOWEST, HIGHEST))
+        zero = ir.Constant(kind, [0.0] * SIDE)
         terms = [ir.Constant(kind, [float(c)] * SIDE) for c in (C6, C5, C4, C3, C2, ONE, ONE)]
         bits, bias, one, shift = (
             ir.Constant(whole, [int(n)] * SIDE) for n in (ROUNDS.view(np.int32), 127, 1, 23)
@@ -153,7 +154,8 @@ def exponentials(typing: Any, values: Any, count: Any, highest: Any) -> Any:
             place = builder.gep(begin, [loop.index])
             x = builder.fsub(builder.load(place, align=4), peak)
             x = builder.select(builder.fcmp_ordered(">", x, most), most, x)
-            x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+            small = builder.fcmp_ordered("<", x, least)
+            x = builder.select(small, least, x)
             shifted = builder.fadd(builder.fmul(x, log2), rounds)
             n = builder.fsub(shifted, rounds)
             r = builder.call(fma, [n, low, builder.call(fma, [n, high, x])])
@@ -164,7 +166,7 @@ def exponentials(typing: Any, values: Any, count: Any, highest: Any) -> Any:
             half = builder.ashr(power, one)
             series = builder.fmul(series, power_of_two(half))
             series = builder.fmul(series, power_of_two(builder.sub(power, half)))
-            builder.store(series, place, align=4)
+            builder.store(builder.select(small, zero, series), place, align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate

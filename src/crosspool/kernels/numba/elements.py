@@ -90,3 +90,19 @@ def round_to(values, count, dtype):
     elif dtype == FLOAT16:
         for i in range(count):
             values[i] = float_of_half(half_of_float(values[i]))
+
+
+@kernel
+def add_rounded(values, count, gain, dtype, totals):
+    """Add ``count`` float32 at address ``values``, rounded to ``dtype`` and then times ``gain``, to those at
+    address ``totals``."""
+    added, to = floats(values, count), floats(totals, count)
+    if dtype == BFLOAT16:
+        for i in range(count):
+            to[i] += float_of_bfloat(bfloat_of_float(added[i])) * gain
+    elif dtype == FLOAT16:
+        for i in range(count):
+            to[i] += float_of_half(half_of_float(added[i])) * gain
+    else:
+        for i in range(count):
+            to[i] += added[i] * gain

@@ -7,123 +7,42 @@ token's experts are added in float32 in the order of expert ids, the shared one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 
-from crosspool.kernels.numba.activation import ACTIVATIONS, gate_by
+from crosspool.kernels.numba.activation import gate_by
 from crosspool.kernels.numba.compile import inline, kernel
-from crosspool.kernels.numba.elements import element_bytes, narrow, round_to
+from crosspool.kernels.numba.elements import add_rounded, element_bytes, narrow
+from crosspool.kernels.numba.ffn_fields import (
+    ACTIVATION,
+    CHOICES,
+    DOWN_ROWS,
+    EXPERT_WORDS,
+    HIDDEN,
+    MATRICES,
+    ROUTED,
+    ROUTER,
+    SHARED_EXPERT,
+    WIDEST,
+    packs,
+    room_of,
+)
+from crosspool.kernels.numba.ffn_packed import packed_half
 from crosspool.kernels.numba.intrinsics import floats, words
-from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, multiply_rows, rows_of_unit
-from crosspool.kernels.numba.matrix import MATRIX_WORDS, Weight, describe_matrix, matrix_at
-from crosspool.kernels.numba.router import EXPERTS, GROUPS, ROUTER_WORDS, TOP_K, route, router_logits
+from crosspool.kernels.numba.linear import BY_UNIT, VECTORS_AT_ONCE, multiply_rows, rows_of_unit
+from crosspool.kernels.numba.matrix import MATRIX_WORDS, matrix_at
+from crosspool.kernels.numba.router import EXPERTS, GROUPS, route, router_logits
 from crosspool.kernels.numba.team import claim, meet, share
-
-ACTIVATION, ROUTED, CHOICES, SHARED_EXPERT, HIDDEN, WIDEST, MOST_ROWS, ROUTER = range(8)
-MATRICES = ROUTER + ROUTER_WORDS
-"""ROUTED experts, of which a token has CHOICES, and then SHARED_EXPERT (0 or 1) more: gate, up and down of
-each from field MATRICES on. WIDEST is the largest intermediate size, MOST_ROWS that of a unit of any gate."""
-
-EXPERT_WORDS = 3 * MATRIX_WORDS
-DOWN_ROWS = 64
-"""Output elements that a thread claims at once, of all experts."""
 
 TOKENS_ROUTED_AT_ONCE = 4
 """So few tokens are routed and sorted by one thread: a meeting costs more."""
 
 
-class Expert(NamedTuple):
-    """``gate`` and ``up`` [I, H], ``down`` [H, I], of a shard perhaps."""
-
-    gate: Weight
-    up: Weight
-    down: Weight
+@kernel
+def _no_half(shared, own, fields, count, room, mine, out):
+    """Where there is no matrix unit nothing is packed, and what would be cannot be compiled."""
 
 
-def describe_ffn(
-    activation: str, experts: Sequence[Expert], router: np.ndarray | None, shared: Expert | None
-) -> np.ndarray:
-    """An FFN's descriptor. ``router`` is from describe_router; without one there is one expert, for all."""
-    members = [*experts, *([] if shared is None else [shared])]
-    fields = np.zeros(MATRICES + EXPERT_WORDS * len(members), np.int64)
-    fields[ACTIVATION] = ACTIVATIONS[activation]
-    fields[ROUTED], fields[SHARED_EXPERT] = len(experts), shared is not None
-    fields[CHOICES] = 1
-    if router is not None:
-        fields[ROUTER : ROUTER + ROUTER_WORDS] = router
-        fields[CHOICES] = router[TOP_K]
-    if (router is None and len(experts) != 1) or (router is not None and router[EXPERTS] != len(experts)):
-        raise ValueError(
-            f"{len(experts)} experts, and a router of {0 if router is None else router[EXPERTS]}"
-        )
-    for index, expert in enumerate(members):
-        gate, up, down = (describe_matrix(weight) for weight in expert)
-        if not (gate.rows == up.rows == down.columns and gate.columns == up.columns == down.rows):
-            raise ValueError(f"expert {index}: gate, up and down do not fit: {gate}, {up}, {down}")
-        begin = MATRICES + EXPERT_WORDS * index
-        fields[begin : begin + EXPERT_WORDS] = (*gate, *up, *down)
-        fields[HIDDEN] = gate.columns
-        fields[WIDEST] = max(int(fields[WIDEST]), gate.rows)
-        fields[MOST_ROWS] = max(int(fields[MOST_ROWS]), min(gate.rows, int(rows_of_unit(gate))))
-    return fields
-
-
-class Room(NamedTuple):
-    """Addresses of the scratch that all threads share. P pairs of T tokens, E members, the shared one too.
-
-    ``logits`` float32 [T, E + groups]; ``chosen`` int64 and ``gains`` float32 [T, choices] of each token;
-    ``begins`` int64 [E + 1] where each member's pairs begin; of each pair int64 [P] ``tokens``, the address
-    of its input ``inputs`` and of its activations ``places``, and float32 ``pair_gains``; ``x`` int64 [T] the
-    tokens' inputs; ``activations`` [P, WIDEST] in model dtype.
-    """
-
-    logits: int
-    chosen: int
-    gains: int
-    begins: int
-    tokens: int
-    inputs: int
-    places: int
-    pair_gains: int
-    x: int
-    activations: int
-    end: int
-
-
-@inline
-def _room(room, fields, count):
-    """Where everything is, from address ``room`` on; whole words each."""
-    members = fields[ROUTED] + fields[SHARED_EXPERT]
-    choices = count * fields[CHOICES]
-    pairs = choices + count * fields[SHARED_EXPERT]
-    logits = room
-    chosen = logits + 8 * count * (fields[ROUTED] + fields[ROUTER + GROUPS])
-    gains = chosen + 8 * choices
-    begins = gains + 8 * choices
-    tokens = begins + 8 * (members + 1)
-    inputs = tokens + 8 * pairs
-    places = inputs + 8 * pairs
-    pair_gains = places + 8 * pairs
-    x = pair_gains + 8 * pairs
-    activations = x + 8 * count
-    end = activations + 4 * pairs * fields[WIDEST]
-    return Room(logits, chosen, gains, begins, tokens, inputs, places, pair_gains, x, activations, end)
-
-
-def ffn_room_bytes(fields: np.ndarray, tokens: int) -> int:
-    """Scratch shared by the team, for up to ``tokens`` tokens."""
-    members, choices = int(fields[ROUTED] + fields[SHARED_EXPERT]), tokens * int(fields[CHOICES])
-    pairs = choices + tokens * int(fields[SHARED_EXPERT])
-    logits = tokens * int(fields[ROUTED] + fields[ROUTER + GROUPS])
-    return 8 * (logits + 2 * choices + members + 1 + 4 * pairs + tokens) + 4 * pairs * int(fields[WIDEST])
-
-
-def ffn_mine_bytes(fields: np.ndarray, tokens: int) -> int:
-    """Scratch of each thread, for up to ``tokens`` tokens."""
-    products = VECTORS_AT_ONCE * max(2 * int(fields[MOST_ROWS]), DOWN_ROWS)
-    return 4 * (products + tokens * DOWN_ROWS)
+_packed_half = packed_half if BY_UNIT else _no_half
 
 
 @kernel
@@ -133,10 +52,13 @@ def ffn_half(shared, own, fields, normed, count, dtype, room, mine, out):
     ``room`` and ``mine`` are the addresses of shared and own scratch, see ffn_room_bytes and ffn_mine_bytes.
     Returns when every thread is done.
     """
-    places = _room(room, fields, count)
+    places = room_of(room, fields, count)
     _route(shared, own, fields, normed, count, dtype, places)
-    _expand(shared, own, fields, dtype, places, mine)
-    _contract(shared, own, fields, count, dtype, places, mine, out)
+    if packs(fields, count, dtype):
+        _packed_half(shared, own, fields, count, places, mine, out)
+    else:
+        _expand(shared, own, fields, dtype, places, mine)
+        _contract(shared, own, fields, count, dtype, places, mine, out)
 
 
 @inline
@@ -284,7 +206,8 @@ def _contract_rows(fields, first, count, dtype, room, mine, out):
     tokens, places = words(room.tokens, begins[members]), words(room.places, begins[members])
     gains = floats(room.pair_gains, begins[members])
     rows = min(DOWN_ROWS, fields[HIDDEN] - first)
-    totals = floats(mine + 4 * VECTORS_AT_ONCE * DOWN_ROWS, count * rows)
+    sums = mine + 4 * VECTORS_AT_ONCE * DOWN_ROWS
+    totals = floats(sums, count * rows)
     for i in range(count * rows):
         totals[i] = np.float32(0)
     for member in range(members):
@@ -292,12 +215,9 @@ def _contract_rows(fields, first, count, dtype, room, mine, out):
         for begin in range(begins[member], begins[member + 1], VECTORS_AT_ONCE):
             pairs = min(VECTORS_AT_ONCE, begins[member + 1] - begin)
             multiply_rows(down, first, first + rows, places[begin:], dtype, pairs, mine, 4 * rows)
-            products = floats(mine, pairs * rows)
-            round_to(products, pairs * rows, dtype)
             for i in range(pairs):
-                gain, total = gains[begin + i], tokens[begin + i] * rows
-                for row in range(rows):
-                    totals[total + row] += products[i * rows + row] * gain
+                total = sums + 4 * tokens[begin + i] * rows
+                add_rounded(mine + 4 * i * rows, rows, gains[begin + i], dtype, total)
     size = element_bytes(dtype)
     for token in range(count):
         place = out + (token * fields[HIDDEN] + first) * size

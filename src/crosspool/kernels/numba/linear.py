@@ -76,7 +76,10 @@ _dots_int8_float32 = _make_dots(INT8, FLOAT32)
 _dots_int8_float16 = _make_dots(INT8, FLOAT16)
 
 
-_bfloat16_rows = amx_rows if "amx-bf16" in cpu_features() else _dots_bfloat16
+BY_UNIT = "amx-bf16" in cpu_features()
+"""Whether there is a matrix unit for bfloat16."""
+
+_bfloat16_rows = amx_rows if BY_UNIT else _dots_bfloat16
 
 
 @kernel

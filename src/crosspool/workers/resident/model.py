@@ -19,7 +19,7 @@ from crosspool.core.kv_layout import KvLayout
 from crosspool.core.spec import GqaSpec, MlaSpec, ModelSpec, RouterSpec
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.numba.choice import choice_mine_bytes
-from crosspool.kernels.numba.ffn import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
+from crosspool.kernels.numba.ffn_fields import Expert, describe_ffn, ffn_mine_bytes, ffn_room_bytes
 from crosspool.kernels.numba.gqa import gqa_mine_bytes, gqa_room_bytes, gqa_spread_room_bytes
 from crosspool.kernels.numba.gqa_fields import GqaTensors, describe_gqa
 from crosspool.kernels.numba.head import describe_head, head_mine_bytes, head_room_bytes
