@@ -17,10 +17,11 @@ from typing import Any
 
 from machine import describe
 
-from crosspool.build import workers
+from crosspool.build import cpu
 from crosspool.build.start import start_engine
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig
 from crosspool.engine.engine import Engine
+from crosspool.scheduler.scheduler import Lanes
 from crosspool.workers.resident.executor import ResidentExecutor
 from engine import decode_rate, request, run
 
@@ -30,15 +31,15 @@ TWO_DEVICES: dict[str, Any] = {"weights_devices": ("cpu:1",), "threads": 1}
 
 def start(folder: str, *, lowered: bool, pipelined: bool, devices: dict[str, Any]) -> Engine:
     """An engine with or without each of the two."""
-    whole = workers.ResidentExecutor
-    workers.ResidentExecutor = partial(ResidentExecutor, tasks=None if lowered else 1)  # type: ignore
+    whole = cpu.ResidentExecutor
+    cpu.ResidentExecutor = partial(ResidentExecutor, tasks=None if lowered else 1)  # type: ignore
     try:
         models = (ModelConfig("it", folder),)
         engine = start_engine(EngineConfig(models, PoolConfig(kv_pool_bytes=2**29), **devices))
     finally:
-        workers.ResidentExecutor = whole  # type: ignore[misc]
+        cpu.ResidentExecutor = whole  # type: ignore[misc]
     if not pipelined:
-        engine._scheduler._most_lanes = 1
+        engine._scheduler._lanes = Lanes(alone=1, in_company=1)
     return engine
 
 

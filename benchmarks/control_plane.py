@@ -159,26 +159,27 @@ def per_page(seconds: float) -> dict[str, object]:
 
 
 def per_table_page(seconds: float) -> dict[str, object]:
-    """Microseconds a page of a table's life, chunk by chunk: grow (pages are evicted from the prefix cache)
-    and release; the same with every chunk's key made and published; make keys, find chunks, hold and let go.
+    """Microseconds a page of a table's life: grow chunk by chunk (pages are evicted from the prefix cache)
+    and release; grow by as many tokens as a decode grant has steps; chunk by chunk with every chunk's key
+    made and published; make keys, find chunks, hold and let go.
     """
     layout, tokens, chunks = make_layout(SPEC, choose_page_bytes([SPEC])), list(range(1 << 16)), 1000
     model, device, size = ModelIndex(0), KvDevice(0), layout.tokens_per_page
     places = DevicePages.of([2 * chunks])
     pool = KvPool({model: layout}, places, step_tokens=1, prefix_secret=bytes(32))
-    root, times = pool.root_key(model, b""), {"grown": [], "published": [], "found": []}
-    deadline, salt = time.monotonic() + seconds, 0
+    root, times = pool.root_key(model, b""), {"grown": [], "granted": [], "published": [], "found": []}
+    deadline, salt, granted = time.monotonic() + seconds, 0, SchedulerConfig().decode_steps // size
     while time.monotonic() < deadline:
         salt += 1
         for name, samples in times.items():
             table, key = pool.open(model, device), next_key(root, (salt,))
             began = time.perf_counter()
             for chunk in range(chunks):
-                if name != "grown":
+                if name in ("published", "found"):
                     key = next_key(key, tokens[chunk * size : (chunk + 1) * size])
                 if name == "found":
                     pool.share(table, (key,))
-                else:
+                elif name != "granted" or chunk % granted == granted - 1:
                     pool.grow(table, (chunk + 1) * size)
                 if name == "published":
                     pool.publish(table, (key,))

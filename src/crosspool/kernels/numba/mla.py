@@ -26,7 +26,7 @@ from crosspool.kernels.numba.attention_spread import attend_part, merge_parts, s
 from crosspool.kernels.numba.batch import position_of, region_of
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes
-from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, units_of
+from crosspool.kernels.numba.linear import VECTORS_AT_ONCE
 from crosspool.kernels.numba.matrix import Matrix, matrix_at
 from crosspool.kernels.numba.mla_fields import (
     DTYPE,
@@ -51,7 +51,7 @@ from crosspool.kernels.numba.mla_fields import (
     SCRATCH,
     VALUE,
 )
-from crosspool.kernels.numba.projection import project, projection_units
+from crosspool.kernels.numba.projection import project, projection_units, row_blocks
 from crosspool.kernels.numba.team import claim, meet, share
 
 KEPT, MERGED = np.int64(0), np.int64(1)
@@ -267,8 +267,9 @@ def _absorb_head(fields, batch, head, piece, room, mine):
     out = room.query + head * (rank + fields[ROTARY]) * size
     matrix = _key_of_head(fields, head)
     project(matrix, NO_BIAS, piece, x, x_stride, batch.queries, batch.dtype, out, out_stride, STORES, mine)
-    if piece % units_of(matrix) == 0:
-        begin = piece // units_of(matrix) * VECTORS_AT_ONCE
+    blocks = row_blocks(matrix, batch.queries)
+    if piece % blocks == 0:
+        begin = piece // blocks * VECTORS_AT_ONCE
         for token in range(begin, min(batch.queries, begin + VECTORS_AT_ONCE)):
             part = x + token * x_stride + nope * size
             place = out + token * out_stride + rank * size
@@ -302,5 +303,5 @@ def _expand_head(fields, batch, kv, head, block, room, merged, mine):
     x = room.attended + begin * x_stride + head * rank * size
     out = room.values + begin * out_stride + head * value * size
     matrix = _value_of_head(fields, head)
-    for piece in range(units_of(matrix)):
+    for piece in range(row_blocks(matrix, count)):
         project(matrix, NO_BIAS, piece, x, x_stride, count, batch.dtype, out, out_stride, STORES, mine)

@@ -9,19 +9,34 @@ from __future__ import annotations
 from crosspool.kernels.numba.compile import inline, kernel
 from crosspool.kernels.numba.elements import element_bytes, narrow, round_to, widen
 from crosspool.kernels.numba.intrinsics import floats, words
-from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, multiply_rows, rows_of_unit, units_of
+from crosspool.kernels.numba.linear import VECTORS_AT_ONCE, multiply_rows, rows_of_unit
 from crosspool.kernels.numba.matrix import Matrix
+
+MANY, LARGER = 4 * VECTORS_AT_ONCE, 4
+"""With so many vectors a unit has so many times more rows: it packs its vectors for the matrix unit, which
+takes as long as 32 rows."""
+
+
+@inline
+def _rows_at_once(matrix, count):
+    return rows_of_unit(matrix) * (LARGER if count >= MANY else 1)
+
+
+@inline
+def row_blocks(matrix, count):
+    """Blocks into which the rows of a Matrix are cut for ``count`` vectors; units go through these first."""
+    return -(-matrix.rows // _rows_at_once(matrix, count))
 
 
 @inline
 def projection_units(matrix, count):
     """Units of the product of a Matrix with ``count`` vectors."""
-    return units_of(matrix) * -(-count // VECTORS_AT_ONCE)
+    return row_blocks(matrix, count) * -(-count // VECTORS_AT_ONCE)
 
 
 def projection_mine_bytes(matrix: Matrix) -> int:
     """Scratch of each thread for products with a matrix."""
-    rows = min(matrix.rows, int(rows_of_unit(matrix)))
+    rows = min(matrix.rows, LARGER * int(rows_of_unit(matrix)))
     return 8 * VECTORS_AT_ONCE + 4 * rows * (VECTORS_AT_ONCE + 1)
 
 
@@ -33,9 +48,9 @@ def project(matrix, bias, unit, x, x_stride, count, dtype, out, out_stride, adds
     rounded to ``dtype``, go to ``out + v * out_stride``, or, with ``adds``, are added to what is there.
     ``mine`` is this thread's scratch, see projection_mine_bytes.
     """
-    units, size = units_of(matrix), element_bytes(dtype)
-    first, begin = unit % units * rows_of_unit(matrix), unit // units * VECTORS_AT_ONCE
-    rows = min(rows_of_unit(matrix), matrix.rows - first)
+    blocks, at_once, size = row_blocks(matrix, count), _rows_at_once(matrix, count), element_bytes(dtype)
+    first, begin = unit % blocks * at_once, unit // blocks * VECTORS_AT_ONCE
+    rows = min(at_once, matrix.rows - first)
     vectors = min(VECTORS_AT_ONCE, count - begin)
     addresses = words(mine, vectors)
     for v in range(vectors):
