@@ -104,6 +104,20 @@ def summary(results: list[ReplayResult]) -> Row:
     }
 
 
+def plot(rows: Mapping[str, Mapping[str, Row]], path: Path) -> None:
+    """The curves over rates: waits for the first token, and the longest gap that a reader sees."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    titles = {"ttft_p99": "P99 TTFT, s", "longest_p99": "P99 of requests' longest gaps, s"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for name, own in rows.items():
+            axes.plot([float(rate) for rate in own], [row[key] for row in own.values()], "o-", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="rate, times the trace's", title=title)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,6 +151,7 @@ def main() -> None:
         options.to.mkdir(parents=True, exist_ok=True)
         about = {"machine": describe(), "options": {**vars(options), "to": None}}
         (options.to / "modes_virtual.json").write_text(json.dumps({**about, "results": rows}))
+        plot(rows, options.to / "modes_virtual.png")
 
 
 if __name__ == "__main__":

@@ -178,3 +178,15 @@ def is_gone(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def test_a_cell_whose_parent_went_while_it_started_leaves_nothing(
+    fake_cell_command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Whoever saw that the parent was gone has removed the pipes by then, but not their folder yet."""
+    folder = tmp_path / "crosspool-pipes"
+    folder.mkdir()
+    options = ["--socket", str(folder / "cell"), "--parent", str(os.getpid())]
+    ended = subprocess.run([*fake_cell_command, *options], capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+    assert not folder.exists()

@@ -75,7 +75,11 @@ def main(build: EngineFactory, arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_watch_parent, args=(options.parent, options.socket), daemon=True).start()
-    channel = CellChannel(options.socket)
+    try:
+        channel = CellChannel(options.socket)
+    except FileNotFoundError:  # Its parent has gone meanwhile.
+        remove_pipes(options.socket)
+        return 1
     try:
         _build_and_serve(channel, build)
     except Exception as error:
