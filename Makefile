@@ -35,6 +35,7 @@ lint: setup  ## style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file benchmarks/mypy.ini
 	$(BIN)/lint-imports
 
 fuzz: setup  ## ten thousand seeds of the control plane

@@ -167,7 +167,8 @@ def per_table_page(seconds: float) -> dict[str, object]:
     model, device, size = ModelIndex(0), KvDevice(0), layout.tokens_per_page
     places = DevicePages.of([2 * chunks])
     pool = KvPool({model: layout}, places, step_tokens=1, prefix_secret=bytes(32))
-    root, times = pool.root_key(model, b""), {"grown": [], "granted": [], "published": [], "found": []}
+    root = pool.root_key(model, b"")
+    times: dict[str, list[float]] = {"grown": [], "granted": [], "published": [], "found": []}
     deadline, salt, granted = time.monotonic() + seconds, 0, SchedulerConfig().decode_steps // size
     while time.monotonic() < deadline:
         salt += 1

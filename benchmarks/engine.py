@@ -99,8 +99,8 @@ def main() -> None:
             )
         firsts = []
         for _ in range(o.rounds if o.prompt else 0):
-            (times,) = run(engine, [request(engine, rng, o.prompt, 1)]).values()
-            firsts.append(times[1] - times[0])
+            (own,) = run(engine, [request(engine, rng, o.prompt, 1)]).values()
+            firsts.append(own[1] - own[0])
         if firsts:
             print(f"first token after {o.prompt}: {1e3 * statistics.median(firsts):.1f} ms")
     finally:

@@ -91,7 +91,7 @@ def bytes_of_step(spec: ModelSpec, rows: int, context: float) -> float:
     """What one pass must read: all but the embedding, experts if some row chooses them (each with the chance
     that it has where choices are even), and the rows' KV."""
     head = spec.vocab_size * spec.hidden_size * spec.dtype.bytes
-    layers = spec.num_layers * spec.attention_bytes
+    layers: float = spec.num_layers * spec.attention_bytes
     for layer in spec.layers:
         ffn, router = layer.ffn, layer.ffn.router
         assert router is not None

@@ -151,8 +151,8 @@ def main() -> None:
                     for mode in order:
                         outcomes[mode].append(replay(engines[mode], part, rate, numbers, shrink))
                 for mode, own in outcomes.items():
-                    pool = engines[mode].info.kv_pool_bytes / TOKEN_BYTES
-                    result = summary(own) | {"live": live_share(own, pool)}
+                    tokens = engines[mode].info.kv_pool_bytes / TOKEN_BYTES
+                    result = summary(own) | {"live": live_share(own, tokens)}
                     results.setdefault(mode, {})[f"{load} {rate:g}"] = result
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
                     print(f"{load:6} rate {rate:5g} {mode:11} {shown}", flush=True)

@@ -45,8 +45,8 @@ MODEL, DEVICE = ModelIndex(0), KvDevice(0)
 class PlainLru(PrefixCache):
     """The chunks least recently used go first; of those of one prompt the first, which was touched first."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, places: DevicePages) -> None:
+        super().__init__(places)
         self.now = 0.0
         self._order: list[tuple[float, int, CachedChunk]] = []
         self._rested: dict[bytes, int] = {}
@@ -57,12 +57,12 @@ class PlainLru(PrefixCache):
         self._rested[chunk.key] = ticket = -next(self._counter)
         heapq.heappush(self._order, (self.now, ticket, chunk))
 
-    def evict(self) -> CachedChunk:
+    def evict(self, device: KvDevice | None = None) -> CachedChunk:
         while True:
             _, ticket, chunk = heapq.heappop(self._order)
             if self._rested.get(chunk.key) == ticket and self.is_resting(chunk):
                 self._resting.move_to_end(chunk.key, last=False)
-                return super().evict()
+                return super().evict(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +83,21 @@ class Turn:
 def read_trace(path: Path) -> list[Turn]:
     columns = ("t_seconds", "prompt_tokens", "output_tokens", "reusable_prefix_tokens", "block_hashes")
     table = parquet.read_table(path, columns=list(columns)).to_pydict()
-    return [Turn(*row[:4], tuple(row[4])) for row in zip(*(table[name] for name in columns), strict=True)]
+    rows = zip(*(table[name] for name in columns), strict=True)
+    return [
+        Turn(at, prompt, output, reusable, tuple(blocks)) for at, prompt, output, reusable, blocks in rows
+    ]
 
 
 class Replay:
     """The trace through one pool. Times are in seconds."""
 
     def __init__(
-        self, pages: int, tokens_per_page: int, cache: PrefixCache, speeds: tuple[float, float]
+        self, pages: int, tokens_per_page: int, cache: type[PrefixCache], speeds: tuple[float, float]
     ) -> None:
         layout = KvLayout(1, tokens_per_page, (LayerGroup((0,), None),), 1, (0,), (0,))
         self.pool = KvPool({MODEL: layout}, DevicePages.of([pages]), step_tokens=1, prefix_secret=b"s" * 32)
-        self.pool._cache = cache
+        self.pool._cache = cache(self.pool.places)
         self._prefixes = Prefixes(self.pool)
         self._prefill_time, self._decode_time = 1 / speeds[0], speeds[1]
         self._outputs: dict[RequestId, tuple[int, ...]] = {}
@@ -157,14 +160,14 @@ class Replay:
 
 
 def measure(
-    turns: list[Turn], pages: int, cache: PrefixCache, options: argparse.Namespace
+    turns: list[Turn], pages: int, cache: type[PrefixCache], options: argparse.Namespace
 ) -> dict[str, object]:
     replay = Replay(pages, options.tokens_per_page, cache, (options.prefill_tps, options.tbt_ms / 1000))
     began = time.perf_counter()
     hit = sum(min(cached, turn.reusable) for turn, cached in replay.run(turns))
     reusable = sum(turn.reusable for turn in turns)
     return {
-        "cache": "plain LRU" if isinstance(cache, PlainLru) else "CrossPool",
+        "cache": "plain LRU" if cache is PlainLru else "CrossPool",
         "pages": pages,
         "pages_used": pages - replay.pool.free,
         "pages_evicted": replay.pool.evicted[MODEL],
@@ -185,12 +188,12 @@ def main() -> int:
     options = parser.parse_args()
     turns = read_trace(options.trace)
     most = sum(-(-(turn.prompt_tokens + turn.output_tokens) // options.tokens_per_page) for turn in turns)
-    rows = [measure(turns, most, PrefixCache(), options)]
+    rows = [measure(turns, most, PrefixCache, options)]
     enough = int(str(rows[0]["pages_used"]))
     for fraction in options.fractions:
         rows += [
             {"fraction": f"1/{fraction}", **measure(turns, enough // fraction, cache, options)}
-            for cache in (PrefixCache(), PlainLru())
+            for cache in (PrefixCache, PlainLru)
         ]
     text = json.dumps({"machine": describe(), "pools": rows}, indent=2)
     print(text)

@@ -8,8 +8,15 @@ import torch
 
 from crosspool.kernels import reference
 from crosspool.kernels.numba.batch import rope_angles
+from crosspool.kernels.numba.linear import UNIT_BYTES, VECTORS_AT_ONCE
 from crosspool.kernels.numba.matrix import CODES, describe_matrix
-from crosspool.kernels.numba.projection import project, projection_mine_bytes, projection_units
+from crosspool.kernels.numba.projection import (
+    LARGER,
+    MANY,
+    project,
+    projection_mine_bytes,
+    projection_units,
+)
 from crosspool.kernels.numba.rope import rotate
 
 pytestmark = pytest.mark.backend
@@ -22,11 +29,11 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
-@pytest.mark.parametrize("count", [1, 5, 130])
+@pytest.mark.parametrize("count", [1, 5, 130, MANY + 5])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
 def test_a_projection_is_the_references(dtype: torch.dtype, count: int, biased: bool, adds: bool) -> None:
-    rows, columns = 2 * 131072 // (37 * dtype.itemsize), 37
+    rows, columns = (2 if count < MANY else 2 * LARGER) * UNIT_BYTES // (37 * dtype.itemsize), 37
     weight, x = drawn(rows, columns, dtype=dtype, seed=0), drawn(count, columns, dtype=dtype, seed=1)
     bias = drawn(rows, dtype=dtype, seed=2) if biased else None
     stream = drawn(count, rows, dtype=dtype, seed=3)
@@ -35,7 +42,7 @@ def test_a_projection_is_the_references(dtype: torch.dtype, count: int, biased: 
     matrix = describe_matrix(weight)
     mine, out = np.zeros(projection_mine_bytes(matrix), np.uint8), stream.clone()
     units = projection_units(matrix, count)
-    assert units > 1
+    assert units > -(-count // VECTORS_AT_ONCE)
     size = dtype.itemsize
     for unit in range(units):
         place = (x.data_ptr(), columns * size, count, CODES[dtype], out.data_ptr(), rows * size)

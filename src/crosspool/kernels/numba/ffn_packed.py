@@ -128,9 +128,8 @@ def _expand_rows(fields, begins, member, block, room, mine):
 def _groups_of(fields, room, member):
     """Where a member's packed inputs and activations begin."""
     group = words(room.groups, member + 1)[member]
-    return room.packed + group * group_bytes(fields[HIDDEN]), room.activations + group * group_bytes(
-        fields[WIDEST]
-    )
+    activations = room.activations + group * group_bytes(fields[WIDEST])
+    return room.packed + group * group_bytes(fields[HIDDEN]), activations
 
 
 @inline
