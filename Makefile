@@ -56,8 +56,10 @@ bench-pools: setup  ## planner, prefix cache, who waits for pages, and two pools
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/prefix_cache.py
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/waiting.py benchmarks/data/zoo_cold_64.parquet \
 		--decode-steps 64 --tick 0.04
-	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/modes_virtual.py --rates 4,16,64 --device-gb 130 \
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/modes_virtual.py --rates 1,4,16,64 --device-gb 130 \
 		--to $(POOLS_TO)
+	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/modes_virtual.py --rates 4,16,64 --device-gb 130 \
+		--risk 1 --output-times 8 --to $(POOLS_TO)/long-outputs
 	PYTHONPATH=src:benchmarks $(BIN)/python benchmarks/pools/modes.py --to $(POOLS_TO)
 
 gpu-check: setup  ## ten minutes on a GPU: are kernels right, and how near the card's limits (GPU='--only ffn')

@@ -120,9 +120,7 @@ def test_small_requests_come_through_while_an_aged_head_waits_for_pages() -> Non
     world = world_of_a_waiting_head()
     world.add(make_request(2, (1, 2, 3), 8, model=2))
     run_until(world, 2)
-    assert not world.outputs[RequestId(0)][150:], (
-        "the small one came through long before the large one's turn"
-    )
+    assert len(world.outputs[RequestId(0)]) < 100, "it waited for the one who runs"
     assert not world.outputs[RequestId(1)]
     world.run()
     assert len(world.outputs[RequestId(1)]) == 10

@@ -197,6 +197,11 @@ class EngineConfig:
             raise ConfigError(f"model names must differ; given twice: {', '.join(twice)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
+        if self.mode is not Mode.CROSSPOOL and self.kv_devices != self.weights_devices:
+            raise ConfigError(
+                f"in mode {self.mode} KV devices and weights devices are the same, not "
+                f"{', '.join(self.kv_devices)} and {', '.join(self.weights_devices)}"
+            )
         _ = self.topology
         if self.kernels is Kernels.REFERENCE:
             self._check_reference()
@@ -214,11 +219,6 @@ class EngineConfig:
     @property
     def topology(self) -> Topology:
         whole = self.mode is not Mode.CROSSPOOL and self.sharding is not Sharding.TENSOR
-        if self.mode is not Mode.CROSSPOOL and self.kv_devices != self.weights_devices:
-            raise ConfigError(
-                f"in mode {self.mode} KV devices and weights devices are the same, not "
-                f"{', '.join(self.kv_devices)} and {', '.join(self.weights_devices)}"
-            )
         return Topology(self.kv_devices, self.weights_devices, Sharding.MODEL if whole else self.sharding)
 
     def kv_copies(self, kv_heads: int) -> int:

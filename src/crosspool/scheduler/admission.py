@@ -114,19 +114,21 @@ class Admission:
             model = sequence.request.model
             reach = self._pool.reach(model)
             found = self._prefixes.find(sequence)
+            needed = self._needs(sequence, found)
             left = [room for room in passing if not room.devices.isdisjoint(reach)]
             most = min((room.pages for room in left), default=None)
-            device = self._place(sequence, found, demands, wanted, most)
+            device = self._place(model, found.home, needed, demands, wanted, most)
             aged, alone = now > _aged_at(sequence), not any(demands[d].running for d in reach)
             allowed = aged or alone or forecast.allows(sequence, self._held(model, found))
             if device is None or not allowed:
-                lacking = self._needs(sequence, found) - self._room(model, demands, wanted)
-                if aged and lacking > 0 and not self._is_capped(sequence, found, wanted):
-                    passing.append(self._leave_room(sequence, lacking, running))
+                if aged and not self._is_capped(model, needed, wanted):
+                    lacking = needed - self._room(model, demands, wanted)
+                    if lacking > 0:
+                        passing.append(self._leave_room(sequence, lacking, running))
                 blocked.add(model)
                 continue
             for room in left:
-                room.pages -= self._needs(sequence, found)
+                room.pages -= needed
             self.leave(sequence)
             sequence.admitted_at = now
             sequence.table = self._pool.open(model, device)
@@ -161,25 +163,25 @@ class Admission:
 
     def _place(
         self,
-        sequence: Sequence,
-        found: Found,
+        model: ModelIndex,
+        home: KvDevice | None,
+        needed: int,
         demands: list[_Demand],
         wanted: Counter[ModelIndex],
         most: int | None,
     ) -> KvDevice | None:
-        """Its home, if the sequence may start: of those within reach the device that has its prefix, if there
-        is room for the rest, or that with most pages to spare. With ``most`` it may take no more pages than
-        that, but for those below its model's floor."""
+        """The home of a sequence that needs so many pages, if it may start: of those within reach the device
+        that has its prefix, ``home``, if there is room for the rest, or that with most pages to spare. With
+        ``most`` it may take no more pages than that, but for those below its model's floor."""
         if sum(demand.running for demand in demands) >= self._max_running:
             return None
-        model = sequence.request.model
-        reach, needed = self._pool.reach(model), self._needs(sequence, found)
+        reach = self._pool.reach(model)
         if most is not None and needed > max(most, self._own(model, wanted)):
             return None
         if any(demands[device].running for device in reach) and needed > self._room(model, demands, wanted):
             return None
-        if found.home is not None and needed <= demands[found.home].spare:
-            return found.home
+        if home is not None and needed <= demands[home].spare:
+            return home
         return max(reach, key=lambda device: (demands[device].spare, -device))
 
     def _room(self, model: ModelIndex, demands: list[_Demand], wanted: Counter[ModelIndex]) -> int:
@@ -204,9 +206,8 @@ class Admission:
         )
         return _Passing(devices, (lacking - held) // PASSING_PART - held)
 
-    def _is_capped(self, sequence: Sequence, found: Found, wanted: Counter[ModelIndex]) -> bool:
-        """Whether the sequence waits for others of its own model, whatever other models hold."""
-        model, needed = sequence.request.model, self._needs(sequence, found)
+    def _is_capped(self, model: ModelIndex, needed: int, wanted: Counter[ModelIndex]) -> bool:
+        """Whether who needs so many pages waits for others of its own model, whatever other models hold."""
         return needed + wanted[model] > self._pool.quotas(model).room_below_cap(model)
 
     def _needs(self, sequence: Sequence, found: Found) -> int:
