@@ -21,7 +21,7 @@ from crosspool.build import cpu
 from crosspool.build.start import start_engine
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig
 from crosspool.engine.engine import Engine
-from crosspool.scheduler.scheduler import Lanes
+from crosspool.scheduler.micro_batches import Lanes
 from crosspool.workers.resident.executor import ResidentExecutor
 from engine import decode_rate, request, run
 
@@ -39,7 +39,7 @@ def start(folder: str, *, lowered: bool, pipelined: bool, devices: dict[str, Any
     finally:
         cpu.ResidentExecutor = whole  # type: ignore[misc]
     if not pipelined:
-        engine._scheduler._lanes = Lanes(alone=1, in_company=1)
+        engine._scheduler._micro_batches._lanes = Lanes(alone=1, in_company=1)
     return engine
 
 

@@ -20,8 +20,9 @@ from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
 from crosspool.pools.kv import KvPool
 from crosspool.pools.spill import SpillStore
+from crosspool.scheduler.micro_batches import Lanes
 from crosspool.scheduler.pipeline import Pipeline
-from crosspool.scheduler.scheduler import Lanes, Scheduler
+from crosspool.scheduler.scheduler import Scheduler
 from crosspool.scheduler.spilling import Spilling
 
 

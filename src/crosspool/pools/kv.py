@@ -14,6 +14,7 @@ from crosspool.core.device_pages import DevicePages
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import NULL_PAGE, KvDevice, ModelIndex, PageId
 from crosspool.core.kv_layout import KvLayout
+from crosspool.pools.page_needs import growing_pages, most_tokens, settled_pages
 from crosspool.pools.page_table import PageTable
 from crosspool.pools.pages import PageAllocator
 from crosspool.pools.prefix_cache import CachedChunk, Found, PrefixCache, root_key
@@ -52,7 +53,10 @@ class KvPool:
         self.evicted: Counter[ModelIndex] = Counter()
         self._quotas = self._make_quotas(quotas or {})
         self._step_tokens = step_tokens
-        self._most_tokens = {model: self._find_most_tokens(model) for model in self._layouts}
+        self._most_tokens = {
+            model: most_tokens(layout, self._quotas[model].most(model), step_tokens)
+            for model, layout in self._layouts.items()
+        }
 
     @property
     def models(self) -> Iterable[ModelIndex]:
@@ -109,24 +113,11 @@ class KvPool:
 
     def pages_for(self, model: ModelIndex, tokens: int) -> int:
         """The most pages that one sequence of this model holds while it grows to ``tokens`` tokens."""
-        layout = self._layouts[model]
-        chunks = layout.chunks(tokens)
-        pages = 0
-        for group in layout.groups:
-            if group.window is None:
-                pages += chunks
-            else:
-                pages += min(chunks, layout.chunks(group.window + self._step_tokens) + 1)
-        return pages
+        return growing_pages(self._layouts[model], tokens, self._step_tokens)
 
     def settled_pages(self, model: ModelIndex, tokens: int) -> int:
         """Pages that one sequence of this model holds when it grows beyond ``tokens`` token by token."""
-        layout = self._layouts[model]
-        chunks = layout.chunks(tokens)
-        return sum(
-            chunks if group.window is None else min(chunks, layout.chunks(group.window) + 1)
-            for group in layout.groups
-        )
+        return settled_pages(self._layouts[model], tokens)
 
     def most_tokens(self, model: ModelIndex) -> int:
         """The longest sequence of this model that all devices within its reach can hold together, and its
@@ -369,17 +360,3 @@ class KvPool:
             account = Quotas({model: given.get(model, Quota()) for model in models}, pages)
             quotas.update(dict.fromkeys(models, account))
         return quotas
-
-    def _find_most_tokens(self, model: ModelIndex) -> int:
-        """Largest multiple of tokens_per_page whose pages fit (binary search: it is monotonic)."""
-        layout = self._layouts[model]
-        pages = self._quotas[model].most(model)
-        unbounded = all(group.window is not None for group in layout.groups)
-        low, high = 0, pages * (1 << 20 if unbounded else 1)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.pages_for(model, middle * layout.tokens_per_page) <= pages:
-                low = middle
-            else:
-                high = middle - 1
-        return low * layout.tokens_per_page

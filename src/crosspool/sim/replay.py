@@ -21,7 +21,7 @@ from crosspool.core.spec import ModelSpec
 from crosspool.costs.layer import HardwareProfile
 from crosspool.engine.engine import Engine
 from crosspool.pools.ffn import FfnPool
-from crosspool.scheduler.scheduler import Lanes
+from crosspool.scheduler.micro_batches import Lanes
 from crosspool.scheduler.sequence import Wait
 from crosspool.sim.clock import VirtualClock
 from crosspool.sim.fluid import TOKEN, FluidExecutor, Progress, Rates
