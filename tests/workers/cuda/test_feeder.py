@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import Tensor
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
@@ -18,14 +19,16 @@ from crosspool.core.request import FinishReason
 from crosspool.core.sampling import SamplingParams
 from crosspool.core.spec import DType, FfnSpec, GqaSpec, LayerSpec, ModelSpec, RopeSpec
 from crosspool.core.topology import Sharding, Topology
+from crosspool.kernels.triton.crossing import Carried, Flag
+from crosspool.workers.cuda.crossing import Stored
 from crosspool.workers.cuda.feeder import FAILED, Feeder, route_of
 from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.grant import GrantMemory, Span
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan, LanesOf
-from crosspool.workers.cuda.lane_pass import LanePass
+from crosspool.workers.cuda.lane_pass import Remote
 from crosspool.workers.cuda.lanes import Lane
-from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, FakeSides, Oracle, World
+from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, FakeSides, FakeStream, Oracle, World
 
 pytestmark = pytest.mark.backend
 
@@ -48,8 +51,11 @@ LIMITS = GrantLimits(decode_rows=3, prefill_rows=2, prefill_tokens=16, steps=6, 
 PLACEMENTS = {
     "one device": Topology(("a",), ("a",)),
     "two devices": Topology(("a",), ("b",)),
+    "two that reach nobody": Topology(("A",), ("B",)),
+    "two of one chip": Topology(("a/0",), ("a/1",)),
     "by layer": Topology(("a",), ("b", "a")),
     "by tensor": Topology(("a",), ("b", "c", "a"), Sharding.TENSOR),
+    "by tensor, in three ways": Topology(("a/0",), ("B", "a/1", "c"), Sharding.TENSOR),
 }
 
 
@@ -121,7 +127,7 @@ class Life:
             LIMITS,
             topology.ffn_parts,
             LanesOf(2, 2),
-            FakeSides(numbers),
+            FakeSides(numbers, self.world),
         )
         self.arena = torch.full((PAGES, PAGE_BYTES // 8), -1, dtype=torch.int64).view(torch.uint8)
         self.home = Home(plan, self.arena, 0, {(geometry, route): self.models[ModelIndex(0)]})
@@ -130,6 +136,7 @@ class Life:
         self.sequences: dict[RequestId, Sequence] = {}
         self.grants: dict[GrantId, list[tuple[Sequence, int]]] = {}
         self.errors: list[str | None] = []
+        self.silence = False
         self._next = 0
 
     def _arrive(self) -> None:
@@ -254,6 +261,7 @@ class Life:
             self._take()
             quiet = 0 if moved or self.sequences else quiet + 1
             assert quiet or moved or any(not s.busy for s in self.sequences.values()), "nothing moves"
+        assert self.silence or self.world.lost_patience == 0
         assert self.feeder.idle and sorted(self.free) == list(range(PAGES))
         assert self.home.memory.free_bytes == len(self.home.memory.host) - 256 * len(self.home.lanes)
 
@@ -270,14 +278,14 @@ def test_everybody_says_what_they_say_alone(placement: str) -> None:
 # -- what must not be left out -----------------------------------------------------------------------------
 
 
-def without_waits(patch: pytest.MonkeyPatch, device: str) -> None:
-    wait = FakeDevice.wait
+def without_following(patch: pytest.MonkeyPatch, device: str) -> None:
+    follow = FakeDevice.follow
 
-    def some(self: FakeDevice, stream: object, event: object) -> None:
-        if self.name != device:
-            wait(self, stream, event)
+    def some(self: FakeDevice, stream: FakeStream, leader: FakeStream) -> None:
+        if self.name != device or self.world.capture is not None:
+            follow(self, stream, leader)
 
-    patch.setattr(FakeDevice, "wait", some)
+    patch.setattr(FakeDevice, "follow", some)
 
 
 def with_memory_given_back_at_the_end(patch: pytest.MonkeyPatch) -> None:
@@ -306,17 +314,35 @@ def _once(give_back: Callable[[GrantMemory, Span], None]) -> Callable[[GrantMemo
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
-    "weights do not wait for the home": ("two devices", lambda patch: without_waits(patch, "b")),
-    "the home does not wait for weights": ("two devices", lambda patch: without_waits(patch, "a")),
+    "weights do not wait for the home": ("two devices", lambda patch: without_following(patch, "b")),
+    "the home does not wait for weights": ("two devices", lambda patch: without_following(patch, "a")),
     "one of three parts is not waited for": (
         "by tensor",
         lambda patch: patch.setattr(
-            FakeDevice, "wait", _unless(FakeDevice.wait, lambda self, _, event: event.device == "c")
+            FakeDevice, "follow", _unless(FakeDevice.follow, lambda self, _, leader: leader.device == "c")
         ),
     ),
-    "numbers of rows are told once": (
+    "weights are not told how large a pass is": (
         "two devices",
-        lambda patch: patch.setattr(LanePass, "attention", _keeping_told(LanePass.attention)),
+        lambda patch: patch.setattr(Remote, "crossing", lambda self, layer: self.there),
+    ),
+    "the flag comes before the rows": (
+        "two devices",
+        lambda patch: patch.setattr(FakeSides, "send", _late(FakeSides.send)),
+    ),
+    "nobody waits for a flag": (
+        "two devices",
+        lambda patch: patch.setattr(FakeSides, "receive", _counting),
+    ),
+    "the home's flags are not awaited": (
+        "two devices",
+        lambda patch: patch.setattr(
+            Stored, "receive", _unless(Stored.receive, lambda self: self.target.team == 0)
+        ),
+    ),
+    "streams do not wait for each other between grants": (
+        "two that reach nobody",
+        lambda patch: patch.setattr(Lane, "enter", _without_following(Lane.enter)),
     ),
     "a grant's words are not copied": (
         "one device",
@@ -352,13 +378,31 @@ def _unless(method: Callable[..., None], condition: Callable[..., bool]) -> Call
     return guarded
 
 
-def _keeping_told(attention: Callable[..., None]) -> Callable[..., None]:
-    def keeping(self: LanePass, layer: int) -> None:
-        told = set(self._told)
-        attention(self, layer)
-        self._told.update(told)
+def _late(send: Callable[..., None]) -> Callable[..., None]:
+    """Rows arrive with the next flag."""
+    under_way: dict[int, tuple[Tensor, Tensor]] = {}
 
-    return keeping
+    def late(self: FakeSides, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
+        for target, source in carried:
+            old, under_way[target.data_ptr()] = under_way.get(target.data_ptr()), (target, source.clone())
+            if old is not None:
+                old[0].copy_(old[1])
+        send(self, lane, [], sizes, flag)
+
+    return late
+
+
+def _counting(self: FakeSides, lane: Tensor, flag: Flag) -> None:
+    flag.taken[0] += 1
+
+
+def _without_following(enter: Callable[..., None]) -> Callable[..., None]:
+    def without(self: Lane, *arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeDevice, "follow", lambda *_: None)
+            enter(self, *arguments)
+
+    return without
 
 
 def _without_copy(bind: Callable[..., None]) -> Callable[..., None]:
