@@ -35,30 +35,44 @@ PRIME = 65_521
 VOCAB = 50
 
 
+def chip_of(device: str) -> str:
+    return device.partition("/")[0]
+
+
 class NotYetError(Exception):
     """A kernel waits for a flag."""
 
 
 class World:
     """All streams of all devices. ``step`` runs one thing that may run now, chosen at random. Where all that
-    could run waits for flags, one of them has ``lost_patience``. ``calls`` counts what the host has asked of
-    devices."""
+    could run waits for flags, one of them loses its patience, which is counted; ``waiting`` is the device on
+    which one waited last. Those that are ``silent`` run nothing. ``calls`` counts what the host has asked of
+    devices. With ``queues``, all streams of a chip share one, in which everything waits for all that was put
+    into it before."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.streams: list[FakeStream] = []
         self.lost: set[str] = set()
+        self.silent: set[str] = set()
         self.capture: Capture | None = None
         self.impatient = False
         self.lost_patience = 0
+        self.waiting: str | None = None
         self.calls = 0
+        self.queues: dict[str, deque[Node]] | None = None
 
     def step(self) -> bool:
         """Whether there was anything."""
         able = [(stream, node) for stream in self.streams for node in stream.able]
+        able = [(stream, node) for stream, node in able if node.device not in self.silent]
+        if self.queues is not None:
+            able = [(stream, node) for stream, node in able if self._is_first(node)]
         self.rng.shuffle(able)
-        if any(stream.run(node) for stream, node in able):
-            return True
+        for stream, node in able:
+            if stream.run(node):
+                return True
+            self.waiting = node.device
         if able:
             self.lost_patience += 1
             self.impatient = True
@@ -66,6 +80,18 @@ class World:
             assert stream.run(node)
             self.impatient = False
         return bool(able)
+
+    def queue(self, nodes: list[Node]) -> list[Node]:
+        for node in nodes if self.queues is not None else ():
+            self.queues.setdefault(node.chip, deque()).append(node)
+        return nodes
+
+    def _is_first(self, node: Node) -> bool:
+        assert self.queues is not None
+        queue = self.queues[node.chip]
+        while queue[0].ran:
+            queue.popleft()
+        return queue[0] is node
 
 
 @dataclass(eq=False)
@@ -97,6 +123,10 @@ class Node:
     work: Callable[[], object] | None
     after: list[Node] = field(default_factory=list)
     ran: bool = False
+
+    @property
+    def chip(self) -> str:
+        return chip_of(self.device)
 
     @property
     def ready(self) -> bool:
@@ -174,7 +204,7 @@ class FakeDevice:
     reach each other unless their name begins with a capital."""
 
     def __init__(self, name: str, world: World) -> None:
-        self.name, self.physical = name, name.partition("/")[0]
+        self.name, self.physical = name, chip_of(name)
         self.chip, self.processors = Chip(1 << 16, True), 2
         self.world = world
 
@@ -193,7 +223,7 @@ class FakeDevice:
             raise DeviceError(f"{self.name} is lost")
         self.world.calls += 1
         if self.world.capture is None:
-            stream.work.append([Node(self.name, work, list(after))])
+            stream.work.append(self.world.queue([Node(self.name, work, list(after))]))
         elif work is not None:
             self.world.capture.put(stream, work)
 
@@ -232,7 +262,7 @@ class FakeDevice:
         if self.name in self.world.lost:
             raise DeviceError(f"{self.name} is lost")
         self.world.calls += 1
-        stream.work.append(graph.again())
+        stream.work.append(self.world.queue(graph.again()))
 
     def finish(self) -> None:
         while self.world.step():
@@ -318,7 +348,7 @@ class FakeSides:
         self.world = world
 
     def enter(self, lane: Tensor, grant: int) -> None:
-        lane[w.GRANT] = grant
+        lane[w.GRANT], lane[w.FAILED] = grant, 0
         lane[: w.MODEL_WORDS] = torch.from_numpy(at(grant, w.MODEL_WORDS).copy())
 
     def lead(self, lane: Tensor, layers: int) -> None:

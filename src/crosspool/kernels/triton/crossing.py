@@ -32,7 +32,7 @@ has TAKEN, and how much the team has SENT."""
 
 _RAISED, _TAKEN = tl.constexpr(RAISED), tl.constexpr(TAKEN)
 _FLAG_WORDS = tl.constexpr(FLAG_WORDS)
-_BLOCK = tl.constexpr(1024)
+_BLOCK = tl.constexpr(2048)
 
 MOST_LOOKS = 1 << 24
 """A look takes most of a microsecond, so a wait ends after ten seconds or so."""

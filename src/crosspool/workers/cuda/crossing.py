@@ -5,10 +5,11 @@ memory store rows there and raise a flag (kernels/triton/crossing.py), so each G
 itself. Between other GPUs rows go through pinned memory, which a graph over several GPUs may do. Prompts have
 many rows and no graph: the copy engine takes them.
 
-That kernels wait for each other never stops them all. One thread puts passes into streams, all that belongs
-to one before anything of the next, on every GPU. Whatever queues streams share on a GPU, what is before a
-launch of the earliest pass that has not ended belongs to passes that have; and no kernel waits for one on its
-own GPU. By induction every pass ends, or finds out that another GPU does not answer.
+That kernels wait for each other never stops them all, although streams may share queues in which a kernel
+that waits holds up what is behind it. One thread puts passes into streams, all that belongs to one before
+anything of the next, on every GPU; and of a pass, each GPU has one graph at most that waits. So on every GPU
+what is before a launch of the earliest pass that has not ended is of that pass, in its order, or has ended.
+By induction every pass ends, or finds out that another GPU does not answer.
 """
 
 from __future__ import annotations

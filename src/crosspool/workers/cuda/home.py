@@ -135,8 +135,12 @@ class HomePlan:
         return taken
 
     def way(self, team: int, phase: Phase) -> Way:
-        """How what crosses between the home and another team does."""
-        return way_between(self.devices[self.team], self.devices[team], phase)
+        """How what crosses between the home and another team does. Of teams on one chip none waits by itself:
+        it could be in front of another that the home waits for."""
+        way = way_between(self.devices[self.team], self.devices[team], phase)
+        chip = self.devices[team].physical
+        alone = sum(device.physical == chip for device in self.devices) == 1
+        return way if way is not Way.STORES or alone else Way.STAGED
 
 
 class Home:

@@ -1,4 +1,4 @@
-"""A pass in a lane as steps: what each team puts into its stream, half by half, and what crosses between.
+"""A pass in a lane: what each team puts into its stream, half by half, and what crosses between them.
 
 Home and weights devices that are the same have one stream, whose order is all that is needed. Otherwise
 hidden states cross to the device that computes a half, and back (crossing.py).
@@ -49,8 +49,8 @@ class Route:
         return layer.index(team), len(layer)
 
 
-class Step(NamedTuple):
-    """What a team puts into its stream."""
+class Launch(NamedTuple):
+    """Something that a team puts into its stream."""
 
     team: int
     put: Callable[[], object]
@@ -73,12 +73,12 @@ class Remote:
     def crossing(self, layer: int) -> Crossing:
         return self.first if layer == self.begins else self.there
 
-    def steps(self, layer: int) -> Iterator[Step]:
+    def launches(self, layer: int) -> Iterator[Launch]:
         team, track = self.port.team, self.port.track
-        yield Step(team, self.crossing(layer).receive)
+        yield Launch(team, self.crossing(layer).receive)
         launches = partial(self.side.ffn, layer, self.input, self.output)
-        yield Step(team, partial(track.device.run, track.stream, launches))
-        yield Step(team, self.back.send)
+        yield Launch(team, partial(track.device.run, track.stream, launches))
+        yield Launch(team, self.back.send)
 
 
 @dataclass
@@ -93,23 +93,22 @@ class LanePass:
     ffn_at_home: FfnSide | None
     remotes: Mapping[int, Remote]
     sides: Sides
-    _graphs: dict[int, Graph] = field(default_factory=dict)
+    _graphs: list[tuple[Track, Graph]] = field(default_factory=list)
 
     def run(self) -> None:
         """All of a pass that has a head."""
         if not self._graphs:
             _put(self._everything())
-        for team, graph in self._graphs.items():
-            track = self._ports[team].track
+        for track, graph in self._graphs:
             track.device.replay(track.stream, graph)
 
     def attention(self, layer: int) -> None:
         """The attention half of a layer; that of the first begins the pass."""
-        _put(self._attention_steps(layer))
+        _put(self._attention_launches(layer))
 
     def ffn(self, layer: int) -> None:
         """The FFN half of a layer, on all devices that have a part of it."""
-        _put(self._ffn_steps(layer))
+        _put(self._ffn_launches(layer))
 
     def head(self) -> None:
         _put([self._at_home(self.attention_side.head)])
@@ -123,11 +122,11 @@ class LanePass:
         wait: the lane is as if it had failed, until ``settle`` says otherwise."""
         self.settle(failed=True)
         leader = {team: team if team in self._alone else self.home.team for team in self.route.teams}
-        steps = list(self._everything())
+        launches = list(self._everything())
         for team in dict.fromkeys(leader.values()):
             track = self._ports[team].track
-            own = [step for step in steps if leader[step.team] == team]
-            self._graphs[team] = track.device.capture(track.stream, partial(_put, own))
+            own = [one for one in launches if leader[one.team] == team]
+            self._graphs.append((track, track.device.capture(track.stream, partial(_put, own))))
 
     def settle(self, *, failed: bool) -> None:
         """The other teams' streams have followed the home's, and it follows them: nothing crosses now, nor is
@@ -154,40 +153,40 @@ class LanePass:
         """The teams that wait for the home by themselves."""
         return [team for team, own in self.remotes.items() if own.port.track.way is Way.STORES]
 
-    def _everything(self) -> Iterator[Step]:
+    def _everything(self) -> Iterator[Launch]:
         for layer in range(self.geometry.num_layers):
-            yield from self._attention_steps(layer)
-            yield from self._ffn_steps(layer)
+            yield from self._attention_launches(layer)
+            yield from self._ffn_launches(layer)
         yield self._at_home(self.attention_side.head)
 
-    def _attention_steps(self, layer: int) -> Iterator[Step]:
+    def _attention_launches(self, layer: int) -> Iterator[Launch]:
         if layer == 0:
             yield self._at_home(self.attention_side.begin)
         yield self._at_home(partial(self.attention_side.attention, layer))
 
-    def _ffn_steps(self, layer: int) -> Iterator[Step]:
+    def _ffn_launches(self, layer: int) -> Iterator[Launch]:
         """The home's own part runs while the others compute theirs."""
         home, teams, hidden = self.home.team, self.route.ffns[layer], self.attention_side.hidden
         elsewhere = [self.remotes[team] for team in teams if team != home]
         for remote in elsewhere:
-            yield Step(home, remote.crossing(layer).send)
+            yield Launch(home, remote.crossing(layer).send)
         for remote in elsewhere:
-            yield from remote.steps(layer)
+            yield from remote.launches(layer)
         if home in teams:
             assert self.ffn_at_home is not None
             output = hidden.outputs[teams.index(home)]
             yield self._at_home(partial(self.ffn_at_home.ffn, layer, hidden.normed, output))
         for remote in elsewhere:
-            yield Step(home, remote.back.receive)
+            yield Launch(home, remote.back.receive)
 
-    def _at_home(self, launches: Callable[[], object]) -> Step:
+    def _at_home(self, launches: Callable[[], object]) -> Launch:
         track = self.home.track
-        return Step(self.home.team, partial(track.device.run, track.stream, launches))
+        return Launch(self.home.team, partial(track.device.run, track.stream, launches))
 
 
-def _put(steps: Iterable[Step]) -> None:
-    for step in steps:
-        step.put()
+def _put(launches: Iterable[Launch]) -> None:
+    for one in launches:
+        one.put()
 
 
 def make_pass(
