@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -10,7 +12,14 @@ from crosspool.kernels.triton.crossing import RAISED, SENT, TAKEN, Flag, receive
 from crosspool.kernels.triton.words import FAILED, LANE_WORDS, QUERIES, ROWS
 from helpers_crossing import MOST_QUERIES, Team, answer, ask
 from helpers_triton import DEVICE
-from helpers_triton_gates import Target, assert_builds_well, needs_interpreter, on_targets
+from helpers_triton_gates import (
+    SM_90,
+    Target,
+    assert_builds_well,
+    instructions,
+    needs_interpreter,
+    on_targets,
+)
 
 pytestmark = pytest.mark.backend
 
@@ -101,6 +110,16 @@ def test_two_processes_answer_each_other() -> None:
         other.join(30)
         other.kill()
     assert other.exitcode == 0 and counts(home, remote) == (laps, laps, laps)
+
+
+@needs_interpreter
+def test_a_flag_is_released_and_acquired_for_the_whole_system() -> None:
+    """Nothing that is interpreted would miss it."""
+    sent = instructions(lambda: send(LANE, [(REAL[0], REAL[1])], LANE, FLAG), SM_90)
+    arrivals, exchange = (re.search(what, sent) for what in (r"\.gpu\.acq_rel\.add", r"\.sys\.release\.exch"))
+    assert arrivals is not None and exchange is not None and arrivals.end() < exchange.start()
+    taken = instructions(lambda: receive(LANE, FLAG), SM_90)
+    assert len(re.findall(r"ld\.global\.sys\.acquire|atom\.global\.sys\.acquire", taken)) == 2
 
 
 REAL = [torch.empty(32, 2048, dtype=torch.bfloat16) for _ in range(2)]
