@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,20 +45,22 @@ class Past:
 
 @dataclass
 class LaunchList:
-    """``launches`` are kernels with their arguments."""
+    """``launches`` are kernels with their arguments, and copies."""
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    launches: list[Callable[[], object]] = field(default_factory=list)
 
     def run(self) -> None:
-        for kernel, arguments, options in self.launches:
-            kernel.run(*arguments, **options)
+        for launch in self.launches:
+            launch()
 
 
 class InterpretedDevice:
     """``captured`` and ``replayed`` count graphs. A GPU runs launches before it records them, to compile
-    them; here only if ``runs_first``, for it takes time."""
+    them; here only if ``runs_first``, for it takes time. ``reaching``: it reaches all others."""
 
-    runs_first = False
+    runs_first = reaching = False
+    _recorded: LaunchList | None = None
+    """What is being recorded, by whichever device: it may involve others."""
 
     def __init__(self, name: str = "cuda:0") -> None:
         self.name = name
@@ -79,13 +82,20 @@ class InterpretedDevice:
         launches()
 
     def copy(self, stream: object, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
+        if InterpretedDevice._recorded is None:
+            target.copy_(source)
+        else:
+            InterpretedDevice._recorded.launches.append(partial(target.copy_, source))
 
     def record(self, stream: object) -> Past:
+        assert InterpretedDevice._recorded is None, "a graph has no events"
         return Past()
 
-    def wait(self, stream: object, event: object) -> None:
+    def follow(self, stream: object, leader: object) -> None:
         pass
+
+    def reaches(self, other: object) -> bool:
+        return self.reaching
 
     def capture(self, stream: object, launches: Callable[[], object]) -> LaunchList:
         self.captured += 1
@@ -94,10 +104,11 @@ class InterpretedDevice:
         graph = LaunchList()
 
         def note(kernel: Any, *arguments: Any, **options: Any) -> None:
-            graph.launches.append((kernel, arguments, options))
+            graph.launches.append(lambda: kernel.run(*arguments, **options))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(InterpretedFunction, "run", note)
+            patch.setattr(InterpretedDevice, "_recorded", graph)
             launches()
         return graph
 

@@ -14,7 +14,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from crosspool.core.batch import Phase
 from crosspool.core.errors import DeviceError
 from crosspool.kernels.triton import grant_words as g
 from crosspool.kernels.triton import words as w
+from crosspool.kernels.triton.crossing import RAISED, TAKEN, Carried, Flag
 from crosspool.kernels.triton.tiles import Chip
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.geometry import Geometry
@@ -35,21 +35,63 @@ PRIME = 65_521
 VOCAB = 50
 
 
+def chip_of(device: str) -> str:
+    return device.partition("/")[0]
+
+
+class NotYetError(Exception):
+    """A kernel waits for a flag."""
+
+
 class World:
-    """All streams of all devices. ``step`` runs one thing that may run now, chosen at random."""
+    """All streams of all devices. ``step`` runs one thing that may run now, chosen at random. Where all that
+    could run waits for flags, one of them loses its patience, which is counted; ``waiting`` is the device on
+    which one waited last. Those that are ``silent`` run nothing. ``calls`` counts what the host has asked of
+    devices. With ``queues``, all streams of a chip share one, in which everything waits for all that was put
+    into it before."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.streams: list[FakeStream] = []
         self.lost: set[str] = set()
+        self.silent: set[str] = set()
+        self.capture: Capture | None = None
+        self.impatient = False
+        self.lost_patience = 0
+        self.waiting: str | None = None
+        self.calls = 0
+        self.queues: dict[str, deque[Node]] | None = None
 
     def step(self) -> bool:
         """Whether there was anything."""
-        able = [stream for stream in self.streams if stream.may_run]
-        if not able:
-            return False
-        self.rng.choice(able).run()
-        return True
+        able = [(stream, node) for stream in self.streams for node in stream.able]
+        able = [(stream, node) for stream, node in able if node.device not in self.silent]
+        if self.queues is not None:
+            able = [(stream, node) for stream, node in able if self._is_first(node)]
+        self.rng.shuffle(able)
+        for stream, node in able:
+            if stream.run(node):
+                return True
+            self.waiting = node.device
+        if able:
+            self.lost_patience += 1
+            self.impatient = True
+            stream, node = able[0]
+            assert stream.run(node)
+            self.impatient = False
+        return bool(able)
+
+    def queue(self, nodes: list[Node]) -> list[Node]:
+        for node in nodes if self.queues is not None else ():
+            self.queues.setdefault(node.chip, deque()).append(node)
+        return nodes
+
+    def _is_first(self, node: Node) -> bool:
+        assert self.queues is not None
+        queue = self.queues[node.chip]
+        while queue[0].ran:
+            queue.popleft()
+        return queue[0] is node
 
 
 @dataclass(eq=False)
@@ -73,25 +115,96 @@ class FakeEvent:
 
 
 @dataclass(eq=False)
-class FakeStream:
+class Node:
+    """Something on a device that runs once all of ``after`` have: in a stream, the one before and whatever
+    the stream has followed; in a graph, what was recorded so."""
+
     device: str
-    work: deque[Any] = field(default_factory=deque)
+    work: Callable[[], object] | None
+    after: list[Node] = field(default_factory=list)
+    ran: bool = False
 
     @property
-    def may_run(self) -> bool:
-        return bool(self.work) and (not isinstance(self.work[0], FakeEvent) or self.work[0].happened)
+    def chip(self) -> str:
+        return chip_of(self.device)
 
-    def run(self) -> None:
-        work = self.work.popleft()
-        if not isinstance(work, FakeEvent):
-            work()
+    @property
+    def ready(self) -> bool:
+        return not self.ran and all(node.ran for node in self.after)
+
+    def run(self) -> bool:
+        """Whether it did: a kernel that waits does not yet."""
+        try:
+            if self.work is not None:
+                self.work()
+        except NotYetError:
+            return False
+        self.ran = True
+        return True
+
+
+@dataclass(eq=False)
+class Capture:
+    """What streams have put into the graph that is recorded: of each, what comes next comes ``after``."""
+
+    origin: FakeStream
+    nodes: list[Node] = field(default_factory=list)
+    after: dict[FakeStream, list[Node]] = field(default_factory=dict)
+
+    def put(self, stream: FakeStream, work: Callable[[], object]) -> None:
+        assert stream in self.after, f"{stream.device} has not joined the graph that is recorded"
+        node = Node(stream.device, work, self.after[stream])
+        self.nodes.append(node)
+        self.after[stream] = [node]
+
+    def follow(self, stream: FakeStream, leader: FakeStream) -> None:
+        assert leader in self.after, "a stream that is recorded follows one that is not"
+        self.after[stream] = [*self.after.get(stream, []), *self.after[leader]]
+
+    def finish(self) -> FakeGraph:
+        """As CUDA wants it: nothing is left that the origin does not follow."""
+        followed = {node for own in self.nodes for node in own.after} | set(self.after[self.origin])
+        assert followed == set(self.nodes), "a stream was not joined"
+        return FakeGraph(self.nodes)
+
+
+@dataclass(eq=False)
+class FakeGraph:
+    nodes: list[Node]
+
+    def again(self) -> list[Node]:
+        """Its nodes, to be run once more."""
+        fresh: dict[Node, Node] = {}
+        for node in self.nodes:
+            fresh[node] = Node(node.device, node.work, [fresh[before] for before in node.after])
+        return list(fresh.values())
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """Its ``work`` goes one after another: each is some nodes, which are a graph."""
+
+    device: str
+    work: deque[list[Node]] = field(default_factory=deque)
+
+    @property
+    def able(self) -> list[Node]:
+        """What may run next."""
+        return [node for node in self.work[0] if node.ready] if self.work else []
+
+    def run(self, node: Node) -> bool:
+        ran = node.run()
+        if all(own.ran for own in self.work[0]):
+            self.work.popleft()
+        return ran
 
 
 class FakeDevice:
-    """What is put into its streams runs when the world steps."""
+    """What is put into its streams runs when the world steps. ``a/0`` and ``a/1`` are on one chip; others
+    reach each other unless their name begins with a capital."""
 
     def __init__(self, name: str, world: World) -> None:
-        self.name = self.physical = name
+        self.name, self.physical = name, chip_of(name)
         self.chip, self.processors = Chip(1 << 16, True), 2
         self.world = world
 
@@ -104,11 +217,15 @@ class FakeDevice:
         self.world.streams.append(FakeStream(self.name))
         return self.world.streams[-1]
 
-    def _put(self, stream: FakeStream, work: Any) -> None:
+    def _put(self, stream: FakeStream, work: Callable[[], object] | None, *after: Node) -> None:
         assert stream.device == self.name
         if self.name in self.world.lost:
             raise DeviceError(f"{self.name} is lost")
-        stream.work.append(work)
+        self.world.calls += 1
+        if self.world.capture is None:
+            stream.work.append(self.world.queue([Node(self.name, work, list(after))]))
+        elif work is not None:
+            self.world.capture.put(stream, work)
 
     def run(self, stream: FakeStream, launches: Callable[[], object]) -> None:
         self._put(stream, launches)
@@ -117,18 +234,35 @@ class FakeDevice:
         self._put(stream, lambda: target.copy_(source))
 
     def record(self, stream: FakeStream) -> FakeEvent:
+        assert self.world.capture is None, "a graph has no events"
         event = FakeEvent(self.name, self.world)
         self._put(stream, lambda: setattr(event, "happened", True))
         return event
 
-    def wait(self, stream: FakeStream, event: FakeEvent) -> None:
-        self._put(stream, event)
+    def follow(self, stream: FakeStream, leader: FakeStream) -> None:
+        if self.world.capture is not None:
+            self.world.capture.follow(stream, leader)
+            return
+        self._put(stream, None, *(leader.work[-1] if leader.work else ()))
 
-    def capture(self, stream: FakeStream, launches: Callable[[], object]) -> Callable[[], object]:
-        return launches
+    def reaches(self, other: FakeDevice) -> bool:
+        return self.physical != other.physical and (self.name + other.name).islower()
 
-    def replay(self, stream: FakeStream, graph: Callable[[], object]) -> None:
-        self._put(stream, graph)
+    def capture(self, stream: FakeStream, launches: Callable[[], object]) -> FakeGraph:
+        assert self.world.capture is None and stream.device == self.name
+        capture = self.world.capture = Capture(stream, after={stream: []})
+        try:
+            launches()
+        finally:
+            self.world.capture = None
+        return capture.finish()
+
+    def replay(self, stream: FakeStream, graph: FakeGraph) -> None:
+        assert stream.device == self.name and self.world.capture is None
+        if self.name in self.world.lost:
+            raise DeviceError(f"{self.name} is lost")
+        self.world.calls += 1
+        stream.work.append(self.world.queue(graph.again()))
 
     def finish(self) -> None:
         while self.world.step():
@@ -209,15 +343,42 @@ class FakeSides:
     """Makes of workers/cuda/sides.py what computes the model above. ``numbers`` says which model the layers'
     words at an address are."""
 
-    def __init__(self, numbers: dict[int, int]) -> None:
+    def __init__(self, numbers: dict[int, int], world: World) -> None:
         self.numbers = numbers
+        self.world = world
 
     def enter(self, lane: Tensor, grant: int) -> None:
-        lane[w.GRANT] = grant
+        lane[w.GRANT], lane[w.FAILED] = grant, 0
         lane[: w.MODEL_WORDS] = torch.from_numpy(at(grant, w.MODEL_WORDS).copy())
 
     def lead(self, lane: Tensor, layers: int) -> None:
         lane[w.LAYERS] = layers
+
+    def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
+        if lane[w.FAILED]:
+            return
+        for target, source in carried:
+            target[: int(lane[w.QUERIES])] = source[: int(lane[w.QUERIES])]
+        if sizes is not None:
+            sizes[w.ROWS : w.QUERIES + 1] = lane[w.ROWS : w.QUERIES + 1]
+        flag.sent[0] += 1
+        assert flag.raised < flag.sent, "a flag only ever grows"
+        flag.raised[0] = flag.sent[0]
+
+    def receive(self, lane: Tensor, flag: Flag) -> None:
+        if lane[w.FAILED]:
+            return
+        assert flag.raised <= flag.taken + 1, "something has crossed unseen"
+        if flag.raised > flag.taken:
+            flag.taken[0] += 1
+        elif self.world.impatient:
+            lane[w.FAILED] = 1
+        else:
+            raise NotYetError
+
+    def settle(self, lane: Tensor, flags: Tensor, *, failed: bool) -> None:
+        flags[:, TAKEN] = flags[:, RAISED]
+        lane[w.FAILED] = failed
 
     def attention(
         self,
@@ -323,6 +484,10 @@ class FakeAttention:
         if grant[g.GRANT_OVER]:
             return
         flags, going = at(grant[g.FLAGS], 1 + len(rows)), False
+        if self.lane[w.FAILED]:
+            grant[g.GRANT_OVER] = 1
+            self._tell(g.SILENCE, int(grant[g.NUMBER]), 0, 0, 0)
+            return
         for place in range(int(self.lane[w.ROWS])):
             number = int(self.rows.numbers[place])
             row, token = rows[number], int(self.rows.chosen[place])

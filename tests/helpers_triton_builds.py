@@ -51,6 +51,17 @@ def compile_without_interpreter() -> None:
 
 def build(launch: Launch, backend: str, arch: int | str, warp: int) -> Build:
     """Compile, or take from the folder."""
+    compiled = _compile(launch, backend, arch, warp)
+    read = _read_nvidia if backend == "cuda" else _read_amd
+    return read(compiled.asm, compiled.metadata.shared)
+
+
+def ptx(launch: Launch, arch: int) -> str:
+    """The instructions for a chip of NVIDIA, before its assembler."""
+    return str(_compile(launch, "cuda", arch, 32).asm["ptx"])
+
+
+def _compile(launch: Launch, backend: str, arch: int | str, warp: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,9 +69,7 @@ def build(launch: Launch, backend: str, arch: int | str, warp: int) -> Build:
     function = getattr(import_module(launch.module), launch.kernel)
     aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(function, launch.signature, launch.constants, aligned)
-    compiled = triton.compile(source, GPUTarget(backend, arch, warp), options=launch.options)
-    read = _read_nvidia if backend == "cuda" else _read_amd
-    return read(compiled.asm, compiled.metadata.shared)
+    return triton.compile(source, GPUTarget(backend, arch, warp), options=launch.options)
 
 
 def _read_nvidia(asm: Any, shared: int) -> Build:

@@ -19,7 +19,7 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
 
 from helpers_triton import INTERPRETED
-from helpers_triton_builds import Launch, build, compile_without_interpreter
+from helpers_triton_builds import Launch, build, compile_without_interpreter, ptx
 
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="launches are recorded by the interpreter")
 
@@ -71,6 +71,13 @@ def assert_builds_well(launch: Callable[[], object], target: Target, wide_loads:
         assert built.spilled == 0, f"{seen} spills"
         assert built.shared <= target.shared, f"{seen} wants more than {target.shared} bytes of shared memory"
         assert built.wide_loads > 0 or not wide_loads, f"{seen} loads nothing in 128 bits"
+
+
+def instructions(launch: Callable[[], object], target: Target) -> str:
+    """What the launches are for a chip of NVIDIA (PTX)."""
+    with recorded() as launches, _on(target):
+        launch()
+    return "".join(_worker().submit(ptx, one, target.arch).result() for one in launches)
 
 
 @contextmanager

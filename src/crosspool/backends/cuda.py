@@ -96,6 +96,10 @@ class CudaDevice:
         self._sealed: int | None = None
 
     @property
+    def index(self) -> int:
+        return self._index
+
+    @property
     def total_bytes(self) -> int:
         return torch.cuda.mem_get_info(self._index)[1]
 
@@ -143,9 +147,18 @@ class CudaDevice:
         with self._watching():
             return CudaEvent(self.name, stream)
 
-    def wait(self, stream: torch.cuda.Stream, event: CudaEvent) -> None:
+    def follow(self, stream: torch.cuda.Stream, leader: torch.cuda.Stream) -> None:
+        """By an event without timing, which is what a capture may record and wait for."""
         with self._watching():
-            stream.wait_event(event.event)
+            stream.wait_stream(leader)
+
+    def reaches(self, other: CudaDevice) -> bool:
+        here, there = self._index, other.index
+        if not torch.cuda.can_device_access_peer(here, there) or not _exchanges(here, there):
+            return False
+        # PyTorch opens the memory of its allocator, now and later, at the first copy from one to the other.
+        torch.zeros(1, device=other.physical).copy_(torch.zeros(1, device=self.physical))
+        return True
 
     def capture(self, stream: torch.cuda.Stream, launches: Callable[[], object]) -> torch.cuda.CUDAGraph:
         self.run(stream, launches)
@@ -208,6 +221,15 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DeviceError(f"{name}: {error}") from error
+
+
+def _exchanges(here: int, there: int) -> bool:
+    """Whether atomic operations of one GPU on another's memory are: over NVLink they are."""
+    from cuda.bindings import runtime
+
+    asked = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported
+    status, answer = runtime.cudaDeviceGetP2PAttribute(asked, here, there)
+    return status == runtime.cudaError_t.cudaSuccess and bool(answer)
 
 
 def _version(capability: tuple[int, int]) -> str:

@@ -88,12 +88,23 @@ class Device(Protocol):
         """The point that the stream has reached when everything put into it until now has run."""
         ...
 
-    def wait(self, stream: Stream, event: Any) -> None:
-        """What is put into the stream from now on runs after an event, of whichever device."""
+    def follow(self, stream: Stream, leader: Stream) -> None:
+        """What is put into the stream from now on runs after all that another stream, of whichever device,
+        has until now."""
+        ...
+
+    def reaches(self, other: Any) -> bool:
+        """Whether kernels here may store into the memory of a device on another chip, and exchange words
+        there; if so, they may from now on."""
         ...
 
     def capture(self, stream: Stream, launches: Callable[[], object]) -> Graph:
-        """Record what ``launches`` launches, after running it once so that all code is compiled."""
+        """Record what ``launches`` launches, after running it once so that all code is compiled.
+
+        It may put work into other streams, of other devices too, that have followed this one inside; this
+        one follows them before it ends. No event is recorded inside, and what is copied between chips is
+        copied from or to pinned memory.
+        """
         ...
 
     def replay(self, stream: Stream, graph: Graph) -> None:

@@ -57,6 +57,14 @@ def test_other_placements_make_the_same_tokens(models, expected, placement):
         assert [it.run(own)[0] for own in sequences] == [expected[model][0][:2] for model in (GQA, MLA)]
 
 
+def test_states_cross_by_stores_and_flags(models, expected, monkeypatch):
+    """Launched one by one: where each device would replay a graph, interpreted ones would wait for ever."""
+    monkeypatch.setattr(InterpretedDevice, "reaching", True)
+    monkeypatch.setattr(LanePass, "record", lambda self: None)
+    with cuda_rig(*models, **CUDA | PLACEMENTS["three, by tensor"]) as it:
+        assert it.run(it.sequence(PROMPTS[0], 3))[0] == expected[GQA][0][:3]
+
+
 def test_a_stop_token_and_sampling_as_the_reference(models, expected):
     tokens = expected[GQA][0]
     stop = tokens[2]
@@ -171,9 +179,12 @@ def test_events_are_of_the_contract(models):
         assert all(attention > 0 and ffn > 0 for attention, ffn in times)
 
 
-def test_preparing_passes_computes_nothing(models, monkeypatch):
-    """What is run to be compiled finds a grant that is over: no page is written, and nothing is told."""
+@pytest.mark.parametrize("reaching", [False, True])
+def test_preparing_passes_computes_nothing(models, monkeypatch, reaching):
+    """What is run to be compiled finds a grant that is over: no page is written, nothing is told, and no
+    device waits for another."""
     monkeypatch.setattr(InterpretedDevice, "runs_first", True)
+    monkeypatch.setattr(InterpretedDevice, "reaching", reaching)
     with cuda_rig(*models, **CUDA | PLACEMENTS["two devices"]) as it:
         assert bool((it.arena == 255).all())
         assert it.executor.poll() == []

@@ -7,9 +7,11 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
@@ -18,14 +20,16 @@ from crosspool.core.request import FinishReason
 from crosspool.core.sampling import SamplingParams
 from crosspool.core.spec import DType, FfnSpec, GqaSpec, LayerSpec, ModelSpec, RopeSpec
 from crosspool.core.topology import Sharding, Topology
+from crosspool.kernels.triton.crossing import Carried, Flag
+from crosspool.workers.cuda.crossing import Stored, way_between
 from crosspool.workers.cuda.feeder import FAILED, Feeder, route_of
 from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.grant import GrantMemory, Span
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan, LanesOf
-from crosspool.workers.cuda.lane_pass import LanePass
+from crosspool.workers.cuda.lane_pass import LanePass, Remote
 from crosspool.workers.cuda.lanes import Lane
-from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, FakeSides, Oracle, World
+from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, FakeSides, FakeStream, Oracle, World
 
 pytestmark = pytest.mark.backend
 
@@ -48,8 +52,12 @@ LIMITS = GrantLimits(decode_rows=3, prefill_rows=2, prefill_tokens=16, steps=6, 
 PLACEMENTS = {
     "one device": Topology(("a",), ("a",)),
     "two devices": Topology(("a",), ("b",)),
+    "two that reach nobody": Topology(("A",), ("B",)),
+    "two of one chip": Topology(("a/0",), ("a/1",)),
     "by layer": Topology(("a",), ("b", "a")),
     "by tensor": Topology(("a",), ("b", "c", "a"), Sharding.TENSOR),
+    "by tensor, in three ways": Topology(("a/0",), ("B", "a/1", "c"), Sharding.TENSOR),
+    "by tensor, two of one chip": Topology(("a",), ("b/0", "b/1"), Sharding.TENSOR),
 }
 
 
@@ -103,9 +111,10 @@ class Clock:
 class Life:
     """A random scheduler over a feeder: who lives, dies and returns is drawn from ``rng``."""
 
-    def __init__(self, seed: int, topology: Topology) -> None:
+    def __init__(self, seed: int, topology: Topology, *, queues: bool = False) -> None:
         self.rng = random.Random(seed)
         self.world = World(self.rng)
+        self.world.queues = {} if queues else None
         self.topology = topology
         self.devices = [FakeDevice(name, self.world) for name in topology.teams]
         geometry = Geometry(SPEC, LAYOUT, 1.0)
@@ -121,7 +130,7 @@ class Life:
             LIMITS,
             topology.ffn_parts,
             LanesOf(2, 2),
-            FakeSides(numbers),
+            FakeSides(numbers, self.world),
         )
         self.arena = torch.full((PAGES, PAGE_BYTES // 8), -1, dtype=torch.int64).view(torch.uint8)
         self.home = Home(plan, self.arena, 0, {(geometry, route): self.models[ModelIndex(0)]})
@@ -130,6 +139,7 @@ class Life:
         self.sequences: dict[RequestId, Sequence] = {}
         self.grants: dict[GrantId, list[tuple[Sequence, int]]] = {}
         self.errors: list[str | None] = []
+        self.silence = False
         self._next = 0
 
     def _arrive(self) -> None:
@@ -254,30 +264,82 @@ class Life:
             self._take()
             quiet = 0 if moved or self.sequences else quiet + 1
             assert quiet or moved or any(not s.busy for s in self.sequences.values()), "nothing moves"
+        assert self.silence or self.world.lost_patience == 0
         assert self.feeder.idle and sorted(self.free) == list(range(PAGES))
         assert self.home.memory.free_bytes == len(self.home.memory.host) - 256 * len(self.home.lanes)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_everybody_says_what_they_say_alone(placement: str) -> None:
-    for seed in range(60):
-        life = Life(seed, PLACEMENTS[placement])
+def all_lives(placement: str, seeds: int, *, queues: bool = False) -> None:
+    for seed in range(seeds):
+        life = Life(seed, PLACEMENTS[placement], queues=queues)
         life.live(600)
         life.finish()
         assert set(life.errors) == {None} and len(life.errors) > 10
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_everybody_says_what_they_say_alone(placement: str) -> None:
+    all_lives(placement, 40)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_nobody_waits_for_ever_where_streams_share_queues(placement: str) -> None:
+    all_lives(placement, 10, queues=True)
+
+
+def test_two_that_wait_on_one_chip_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HomePlan, "way", lambda self, team, phase: way_between(*self.devices[:2], phase))
+    all_lives("by tensor, two of one chip", 3)
+    with pytest.raises(AssertionError):
+        all_lives("by tensor, two of one chip", 3, queues=True)
+
+
+@pytest.mark.parametrize("placement", ["two devices", "two of one chip", "by tensor, in three ways"])
+def test_likewise_without_graphs(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LanePass, "record", lambda self: None)
+    all_lives(placement, 20)
+
+
+CALLS = {
+    "one device": 1,
+    "two devices": 2,
+    "two that reach nobody": 1,
+    "two of one chip": 1,
+    "by tensor": 3,
+    "by tensor, in three ways": 2,
+    "by tensor, two of one chip": 1,
+}
+
+
+@pytest.mark.parametrize("placement", CALLS)
+def test_a_token_is_one_launch_for_each_device_that_runs_by_itself(
+    placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And two events, between which it is measured."""
+    put, calls = Lane.put, set[int]()
+
+    def counted(lane: Lane, flight: Flight) -> None:
+        before, begins = lane.track.device.world.calls, lane._entered is not flight
+        put(lane, flight)
+        if flight.decoding and not begins:
+            calls.add(lane.track.device.world.calls - before)
+
+    monkeypatch.setattr(Lane, "put", counted)
+    all_lives(placement, 3)
+    assert calls == {CALLS[placement] + 2}
+
+
 # -- what must not be left out -----------------------------------------------------------------------------
 
 
-def without_waits(patch: pytest.MonkeyPatch, device: str) -> None:
-    wait = FakeDevice.wait
+def without_following(patch: pytest.MonkeyPatch, device: str) -> None:
+    follow = FakeDevice.follow
 
-    def some(self: FakeDevice, stream: object, event: object) -> None:
-        if self.name != device:
-            wait(self, stream, event)
+    def some(self: FakeDevice, stream: FakeStream, leader: FakeStream) -> None:
+        if self.name != device or self.world.capture is not None:
+            follow(self, stream, leader)
 
-    patch.setattr(FakeDevice, "wait", some)
+    patch.setattr(FakeDevice, "follow", some)
 
 
 def with_memory_given_back_at_the_end(patch: pytest.MonkeyPatch) -> None:
@@ -306,17 +368,41 @@ def _once(give_back: Callable[[GrantMemory, Span], None]) -> Callable[[GrantMemo
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
-    "weights do not wait for the home": ("two devices", lambda patch: without_waits(patch, "b")),
-    "the home does not wait for weights": ("two devices", lambda patch: without_waits(patch, "a")),
+    "weights do not wait for the home": ("two devices", lambda patch: without_following(patch, "b")),
+    "the home does not wait for weights": ("two devices", lambda patch: without_following(patch, "a")),
     "one of three parts is not waited for": (
         "by tensor",
         lambda patch: patch.setattr(
-            FakeDevice, "wait", _unless(FakeDevice.wait, lambda self, _, event: event.device == "c")
+            FakeDevice, "follow", _unless(FakeDevice.follow, lambda self, _, leader: leader.device == "c")
         ),
     ),
-    "numbers of rows are told once": (
+    "weights are not told how large a pass is": (
         "two devices",
-        lambda patch: patch.setattr(LanePass, "attention", _keeping_told(LanePass.attention)),
+        lambda patch: patch.setattr(Remote, "crossing", lambda self, layer: self.there),
+    ),
+    "the flag comes before the rows": (
+        "two devices",
+        lambda patch: patch.setattr(FakeSides, "send", _late(FakeSides.send)),
+    ),
+    "a device is not launched": (
+        "by tensor",
+        lambda patch: patch.setattr(
+            FakeDevice, "replay", _unless(FakeDevice.replay, lambda self, *_: self.name == "c")
+        ),
+    ),
+    "nobody waits for a flag": (
+        "two devices",
+        lambda patch: patch.setattr(FakeSides, "receive", _counting),
+    ),
+    "the home's flags are not awaited": (
+        "two devices",
+        lambda patch: patch.setattr(
+            Stored, "receive", _unless(Stored.receive, lambda self: self.target.team == 0)
+        ),
+    ),
+    "streams do not wait for each other between grants": (
+        "two that reach nobody",
+        lambda patch: patch.setattr(Lane, "enter", _without_following(Lane.enter)),
     ),
     "a grant's words are not copied": (
         "one device",
@@ -352,13 +438,31 @@ def _unless(method: Callable[..., None], condition: Callable[..., bool]) -> Call
     return guarded
 
 
-def _keeping_told(attention: Callable[..., None]) -> Callable[..., None]:
-    def keeping(self: LanePass, layer: int) -> None:
-        told = set(self._told)
-        attention(self, layer)
-        self._told.update(told)
+def _late(send: Callable[..., None]) -> Callable[..., None]:
+    """Rows arrive with the next flag."""
+    under_way: dict[int, tuple[Tensor, Tensor]] = {}
 
-    return keeping
+    def late(self: FakeSides, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
+        for target, source in carried:
+            old, under_way[target.data_ptr()] = under_way.get(target.data_ptr()), (target, source.clone())
+            if old is not None:
+                old[0].copy_(old[1])
+        send(self, lane, [], sizes, flag)
+
+    return late
+
+
+def _counting(self: FakeSides, lane: Tensor, flag: Flag) -> None:
+    flag.taken[0] += 1
+
+
+def _without_following(enter: Callable[..., None]) -> Callable[..., None]:
+    def without(self: Lane, *arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeDevice, "follow", lambda *_: None)
+            enter(self, *arguments)
+
+    return without
 
 
 def _without_copy(bind: Callable[..., None]) -> Callable[..., None]:
@@ -401,6 +505,53 @@ def test_what_cannot_be_launched_fails_alone(caplog: pytest.LogCaptureFixture) -
             life.live(500)
         life.finish()
         failed += sum(error is not None for error in life.errors)
+    assert failed > 10
+
+
+@pytest.mark.parametrize("placement", ["two devices", "by tensor"])
+def test_who_is_not_answered_fails_and_who_comes_later_does_not(
+    placement: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a device waits, the others run nothing, for longer than that."""
+    failed = 0
+    for seed in range(15):
+        life = Life(seed, PLACEMENTS[placement])
+        life.silence = True
+        while life.world.waiting is None:
+            life.live(1)
+        life.world.silent = {device.name for device in life.devices} - {life.world.waiting}
+        with caplog.at_level(logging.CRITICAL):
+            for _ in range(300):
+                if life.world.lost_patience == 0:
+                    life.live(1)
+            life.world.silent.clear()
+            life.live(300)
+            life.finish()
+        assert set(life.errors) <= {None, FAILED}
+        failed += FAILED in life.errors
+    assert failed > 10
+
+
+@pytest.mark.parametrize("device", "ab")
+def test_who_is_launched_alone_fails_alone(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The home without the weights' device, or the other way round."""
+    failed = 0
+    replay = FakeDevice.replay
+    for seed in range(20):
+        life = Life(seed, PLACEMENTS["two devices"])
+        life.silence, rng = True, random.Random(seed)
+
+        def failing(self: FakeDevice, *arguments: Any, rng: random.Random = rng) -> None:
+            if self.name == device and rng.random() < 0.1:
+                raise RuntimeError("no such graph")
+            replay(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.CRITICAL):
+            patch.setattr(FakeDevice, "replay", failing)
+            life.live(500)
+            life.finish()
+        assert set(life.errors) <= {None, FAILED}
+        failed += FAILED in life.errors
     assert failed > 10
 
 

@@ -13,10 +13,10 @@ from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageI
 from crosspool.core.kv_layout import KvLayout, LayerGroup
 from crosspool.core.sampling import SamplingParams
 from crosspool.kernels.triton.batch import Pass
-from crosspool.kernels.triton.grant_words import END, FAILURE, RECORD_WORDS, TOKEN
+from crosspool.kernels.triton.grant_words import END, FAILURE, RECORD_WORDS, SILENCE, TOKEN
 from crosspool.kernels.triton.pass_begin import PassRows, begin_pass, enter
 from crosspool.kernels.triton.pass_end import end_pass
-from crosspool.kernels.triton.words import LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
+from crosspool.kernels.triton.words import FAILED, LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.grant import GrantMemory, PackedGrant
 from helpers_devices import InterpretedDevice
 from helpers_triton_gates import needs_interpreter
@@ -181,6 +181,16 @@ def test_grants_go_through_their_passes_as_the_contract_says() -> None:
     assert set(ends) == {"fails", "recalled", "empty", "steps"}
     assert lane.memory.free_bytes == before and len(lane.memory._free) == 1
     assert lane.read > 3 * RING
+
+
+def test_a_grant_of_a_lane_that_has_failed_ends_without_a_token() -> None:
+    lane = Lane()
+    lane.put(replace(random_grant(random.Random(0), 7), phase=Phase.DECODE))
+    assert lane.begin() != []
+    lane.batch.lane[FAILED] = 1
+    assert lane.end(dict.fromkeys(range(MOST_ROWS), 3)) == [(SILENCE, 7)]
+    assert lane.begin() == [] and lane.end({}) == []
+    assert {run(lane, random.Random(seed), 8 + seed) for seed in range(5)} <= {"steps", "empty", "recalled"}
 
 
 def test_a_grant_whose_rows_are_all_dropped_ends_with_its_first_pass() -> None:

@@ -32,8 +32,9 @@ at STOP_TOKENS ends it once it has made more than STOPS_AFTER. DONE: it makes no
 # -- a record of a lane's ring -------------------------------------------------------------------------------
 RECORD_SEQUENCE, RECORD_KIND, RECORD_GRANT, RECORD_ROW, RECORD_TOKEN, RECORD_MADE = range(6)
 RECORD_WORDS = 8
-TOKEN, END, FAILURE = 1, 2, 3
+TOKEN, END, FAILURE, SILENCE = 1, 2, 3, 4
 """int64 in pinned host memory. SEQUENCE counts a lane's records from 1 and never starts again; record s is at
 place (s - 1) modulo the ring's length. After its records are written the lane releases how many there are.
 TOKEN: row RECORD_ROW has made its token number RECORD_MADE (from 1) of this grant. END: the grant is over,
-and nothing of it will touch a page any more. FAILURE: likewise, for a row's logits held no largest number."""
+and nothing of it will touch a page any more. FAILURE: likewise, for a row's logits held no largest number.
+SILENCE: likewise, for another device has not answered."""

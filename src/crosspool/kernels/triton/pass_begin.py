@@ -13,6 +13,7 @@ from crosspool.kernels.triton.batch import Pass
 
 _LAYERS = tl.constexpr(words.LAYERS)
 _GRANT, _ROWS, _QUERIES = tl.constexpr(words.GRANT), tl.constexpr(words.ROWS), tl.constexpr(words.QUERIES)
+_FAILED = tl.constexpr(words.FAILED)
 _STEPS, _MODEL_WORDS = tl.constexpr(words.STEPS), tl.constexpr(words.MODEL_WORDS)
 _GRANT_ROWS, _GRANT_STEPS = tl.constexpr(grant_words.GRANT_ROWS), tl.constexpr(grant_words.GRANT_STEPS)
 _GRANT_OVER, _FLAGS = tl.constexpr(grant_words.GRANT_OVER), tl.constexpr(grant_words.FLAGS)
@@ -41,7 +42,7 @@ class PassRows(NamedTuple):
 
 
 def enter(lane: Tensor, grant: int) -> None:
-    """The lane runs the grant whose words are at this address from now on."""
+    """The lane runs the grant whose words are at this address from now on, and has not failed."""
     _enter[(1,)](lane, grant, num_warps=1)
 
 
@@ -83,6 +84,7 @@ def wanted_rows(grant, number, mask):
 @triton.jit(do_not_specialize=["grant"])
 def _enter(lane, grant):
     tl.store(lane + _GRANT, grant)
+    tl.store(lane + _FAILED, 0)
     words = grant.to(tl.pointer_type(tl.int64))
     for word in range(_MODEL_WORDS):
         tl.store(lane + word, tl.load(words + word))

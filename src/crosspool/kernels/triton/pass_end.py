@@ -10,6 +10,7 @@ from crosspool.kernels.triton import grant_words, words
 from crosspool.kernels.triton.pass_begin import PassRows, grant_of, row_of_grant, wanted_rows
 
 _ROWS, _RECORDS = tl.constexpr(words.ROWS), tl.constexpr(words.RECORDS)
+_FAILED = tl.constexpr(words.FAILED)
 _GRANT_STEPS, _GRANT_OVER = tl.constexpr(grant_words.GRANT_STEPS), tl.constexpr(grant_words.GRANT_OVER)
 _FLAGS, _NUMBER = tl.constexpr(grant_words.FLAGS), tl.constexpr(grant_words.NUMBER)
 _RECALLED = tl.constexpr(grant_words.RECALLED)
@@ -25,12 +26,12 @@ _SEQUENCE, _KIND = tl.constexpr(grant_words.RECORD_SEQUENCE), tl.constexpr(grant
 _OF_GRANT, _OF_ROW = tl.constexpr(grant_words.RECORD_GRANT), tl.constexpr(grant_words.RECORD_ROW)
 _OF_TOKEN, _OF_MADE = tl.constexpr(grant_words.RECORD_TOKEN), tl.constexpr(grant_words.RECORD_MADE)
 _TOKEN, _END = tl.constexpr(grant_words.TOKEN), tl.constexpr(grant_words.END)
-_FAILURE = tl.constexpr(grant_words.FAILURE)
+_FAILURE, _SILENCE = tl.constexpr(grant_words.FAILURE), tl.constexpr(grant_words.SILENCE)
 
 
 def end_pass(lane: Tensor, rows: PassRows, most_rows: int, records: Tensor, written: Tensor) -> None:
-    """Every row that chooses has its token, or -1: then the grant fails. What follows from a token is as in
-    core/batch.py row_after.
+    """Every row that chooses has its token, or -1: then the grant fails, as it does if the lane has. What
+    follows from a token is as in core/batch.py row_after.
 
     ``records`` int64 [ring, RECORD_WORDS] and ``written`` int64 [1] are in host memory. The ring has room:
     who launches sees to it that the host has read what is there.
@@ -58,7 +59,8 @@ def _end_pass(lane, numbers, chosen, records, written, RING: tl.constexpr, MOST:
     row = row_of_grant(grant, number)
     chooses = there & (tl.load(row + _CHOICE, there, 0) != 0)
     token = tl.load(chosen + place, chooses, 0)
-    failed = tl.sum((chooses & (token < 0)).to(tl.int32)) > 0
+    silent = tl.load(lane + _FAILED) != 0
+    failed = silent | (tl.sum((chooses & (token < 0)).to(tl.int32)) > 0)
     made = tl.load(row + _MADE, there, 0) + chooses.to(tl.int64)
     done = _step_rows(row, there, chooses, token, made)
     wanted = wanted_rows(grant, number, there)
@@ -70,7 +72,8 @@ def _end_pass(lane, numbers, chosen, records, written, RING: tl.constexpr, MOST:
     over = failed | recalled | (steps == 0) | (going == 0)
     tl.store(grant + _GRANT_OVER, over.to(tl.int64))
     told = chooses & wanted & (not failed)
-    _tell(lane, grant, number, told, token, made, over, failed, records, written, RING)
+    kind = tl.where(silent, _SILENCE, tl.where(failed, _FAILURE, _END)).to(tl.int64)
+    _tell(lane, grant, number, told, token, made, over, kind, records, written, RING)
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def _step_rows(row, there, chooses, token, made):
 
 
 @triton.jit
-def _tell(lane, grant, number, told, token, made, over, failed, records, written, RING: tl.constexpr):
+def _tell(lane, grant, number, told, token, made, over, kind, records, written, RING: tl.constexpr):
     """Write a record for each token and for the end, and then release how many there are."""
     begin, whose = tl.load(lane + _RECORDS), tl.load(grant + _NUMBER)
     order = tl.cumsum(told.to(tl.int32)).to(tl.int64)
@@ -109,7 +112,7 @@ def _tell(lane, grant, number, told, token, made, over, failed, records, written
     last = records + end % RING * _RECORD_WORDS
     if over:
         tl.store(last + _SEQUENCE, end + 1)
-        tl.store(last + _KIND, tl.where(failed, _FAILURE, _END).to(tl.int64))
+        tl.store(last + _KIND, kind)
         tl.store(last + _OF_GRANT, whose)
         end += 1
     tl.store(lane + _RECORDS, end)

@@ -25,6 +25,7 @@ from crosspool.kernels.triton.grant_words import (
     RECORD_MADE,
     RECORD_ROW,
     RECORD_TOKEN,
+    SILENCE,
     TOKEN,
 )
 from crosspool.workers.cuda.flight import Flight
@@ -177,6 +178,9 @@ class Feeder:
         flight.over = True
         if record[RECORD_KIND] == FAILURE:
             _log.error("a row of grant %d has logits of which none is the largest", flight.grant.id)
+            flight.error = FAILED
+        if record[RECORD_KIND] == SILENCE:
+            _log.error("grant %d waited in vain for another device to answer", flight.grant.id)
             flight.error = FAILED
 
     def _take_token(self, flight: Flight, number: int, token: int, made: int) -> None:

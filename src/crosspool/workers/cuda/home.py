@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +13,13 @@ from crosspool.backends.device import Device
 from crosspool.core.batch import Phase
 from crosspool.core.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from crosspool.kernels.choice_fields import CHOICE_WORDS, report_words
+from crosspool.kernels.triton.crossing import FLAG_WORDS
 from crosspool.workers.cuda.attention import HomeSurroundings
+from crosspool.workers.cuda.crossing import Track, Way, way_between
 from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, buckets
 from crosspool.workers.cuda.grant import GrantMemory, most_grant_bytes, put_idle_grant
 from crosspool.workers.cuda.lane import Limits, Ring
-from crosspool.workers.cuda.lane_pass import LanePass, Route, Track, make_pass
+from crosspool.workers.cuda.lane_pass import LanePass, Route, make_pass
 from crosspool.workers.cuda.lanes import Lane
 from crosspool.workers.cuda.model import DeviceModel
 from crosspool.workers.cuda.room import META, Room
@@ -61,6 +64,8 @@ class LanesOf:
     def of(self, phase: Phase) -> int:
         return self.decode if phase is Phase.DECODE else self.prefill
 
+
+_log = logging.getLogger(__name__)
 
 IDLE_BYTES = 1 << 20
 """For grants that compute nothing: a few hundred bytes of each lane and geometry."""
@@ -108,7 +113,10 @@ class HomePlan:
         nothing = torch.empty(0, dtype=torch.uint8, device=META)
         around, ring = self.around(nothing, 0), Ring(nothing, nothing)
         for geometry, route in self.keys:
-            tracks = {team: Track(self.devices[team], object(), nothing, nothing) for team in route.teams}
+            tracks = {
+                team: Track(self.devices[team], object(), nothing, nothing, nothing, self.way(team, phase))
+                for team in route.teams
+            }
             for limits in self.limits.passes(phase):
                 rooms = {team: Room(None) for team in route.teams}
                 make_pass(geometry, route, limits, phase, around, ring, tracks, rooms, self.sides)
@@ -122,8 +130,17 @@ class HomePlan:
         taken = {self.team: self.grant_bytes}
         for phase in Phase:
             for team, (size, zeros) in self.lane_needs(phase).items():
-                taken[team] = taken.get(team, 0) + self.lanes.of(phase) * (size + 4 * zeros)
+                own = size + 4 * zeros + 8 * FLAG_WORDS * len(self.devices)
+                taken[team] = taken.get(team, 0) + self.lanes.of(phase) * own
         return taken
+
+    def way(self, team: int, phase: Phase) -> Way:
+        """How what crosses between the home and another team does. Of teams on one chip none waits by itself:
+        it could be in front of another that the home waits for."""
+        way = way_between(self.devices[self.team], self.devices[team], phase)
+        chip = self.devices[team].physical
+        alone = sum(device.physical == chip for device in self.devices) == 1
+        return way if way is not Way.STORES or alone else Way.STAGED
 
 
 class Home:
@@ -163,11 +180,19 @@ class Home:
 
 def _make_lanes(plan: HomePlan, phase: Phase, around: HomeSurroundings) -> list[Lane]:
     needs, made = plan.lane_needs(phase), []
+    ways = {team: plan.way(team, phase) for team in needs}
+    for team, way in ways.items():
+        if team != plan.team:
+            names = plan.devices[plan.team].name, plan.devices[team].name
+            what = f"hidden states of a {phase.name.lower()}"
+            _log.info("%s cross between %s and %s by %s", what, *names, way.value)
     for _ in range(plan.lanes.of(phase) if needs else 0):
         tracks = {}
         for team, (size, zeros) in needs.items():
             device = plan.devices[team]
             memory, at_rest = device.tensor((size,), torch.uint8), device.tensor((zeros,), torch.int32)
-            tracks[team] = Track(device, device.stream(urgent=phase is Phase.DECODE), memory, at_rest)
+            flags = device.tensor((len(plan.devices), FLAG_WORDS), torch.int64)
+            stream = device.stream(urgent=phase is Phase.DECODE)
+            tracks[team] = Track(device, stream, memory, at_rest, flags, ways[team])
         made.append(Lane(phase, plan.team, tracks, around, plan.sides))
     return made

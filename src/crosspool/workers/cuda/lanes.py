@@ -11,10 +11,11 @@ from crosspool.backends.device import Event
 from crosspool.core.batch import Phase
 from crosspool.kernels.triton.grant_words import RECORD_SEQUENCE
 from crosspool.workers.cuda.attention import HomeSurroundings
+from crosspool.workers.cuda.crossing import Track
 from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring
-from crosspool.workers.cuda.lane_pass import LanePass, Route, Track, make_pass
+from crosspool.workers.cuda.lane_pass import LanePass, Route, make_pass
 from crosspool.workers.cuda.model import DeviceModel
 from crosspool.workers.cuda.room import Room
 from crosspool.workers.cuda.sides import Sides
@@ -120,7 +121,7 @@ class Lane:
         """What comes into the home's stream waits for all others."""
         for team, track in self._tracks.items():
             if team != self.home:
-                self.track.device.wait(self.track.stream, track.device.record(track.stream))
+                self.track.device.follow(self.track.stream, track.stream)
 
     def units_done(self) -> Iterator[Unit]:
         """Those that have run since the last call, in order."""
@@ -150,12 +151,15 @@ class Lane:
         return fresh
 
     def enter(self, lane_pass: LanePass, grant: int, model: DeviceModel) -> None:
-        """The lane runs the grant at this address from now on, with this model's weights."""
-        sides, lane = self._sides, lane_pass.attention_side.lane
-        self.track.device.run(self.track.stream, partial(sides.enter, lane, grant))
-        for team, remote in lane_pass.remotes.items():
-            layers = model.lane_words(team)[0]
-            remote.track.device.run(remote.track.stream, partial(sides.lead, remote.words, layers))
+        """The lane runs the grant at this address from now on, with this model's weights. Before, its streams
+        wait for each other, whatever became of the grant that was there."""
+        home, sides, ports = self.track, self._sides, [own.port for own in lane_pass.remotes.values()]
+        for port in ports:
+            device, stream = port.track.device, port.track.stream
+            device.follow(stream, home.stream)
+            device.run(stream, partial(sides.lead, port.words, model.lane_words(port.team)[0]))
+        lane_pass.settle(failed=False)
+        home.device.run(home.stream, partial(sides.enter, lane_pass.home.words, grant))
 
     def _enter(self, flight: Flight) -> None:
         assert flight.lane_pass is not None

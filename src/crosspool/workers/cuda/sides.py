@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from crosspool.core.batch import Phase
+from crosspool.kernels.triton.crossing import Carried, Flag, receive, send, settle
 from crosspool.kernels.triton.pass_begin import enter, lead
 from crosspool.kernels.triton.tiles import Chip
 from crosspool.workers.cuda.attention import HomeSurroundings
@@ -53,6 +54,18 @@ class Sides(Protocol):
         """Launch: likewise where the lane has no home, of the layers at this address."""
         ...
 
+    def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
+        """Launch: store rows at another team and raise the flag. See kernels/triton/crossing.py."""
+        ...
+
+    def receive(self, lane: Tensor, flag: Flag) -> None:
+        """Launch: wait for the flag."""
+        ...
+
+    def settle(self, lane: Tensor, flags: Tensor, *, failed: bool) -> None:
+        """Launch: nothing is under way to this team."""
+        ...
+
     def attention(
         self,
         geometry: Geometry,
@@ -76,6 +89,15 @@ class TritonSides:
 
     def lead(self, lane: Tensor, layers: int) -> None:
         lead(lane, layers)
+
+    def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
+        send(lane, carried, sizes, flag)
+
+    def receive(self, lane: Tensor, flag: Flag) -> None:
+        receive(lane, flag)
+
+    def settle(self, lane: Tensor, flags: Tensor, *, failed: bool) -> None:
+        settle(lane, flags, failed=failed)
 
     def attention(
         self,
