@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,7 +12,14 @@ BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+class Float8Weight(NamedTuple):
+    """``numbers`` e4m3 [.., R, C] and ``scales`` float32 [.., R / 128, C / 128], rounded up."""
+
+    numbers: Tensor
+    scales: Tensor
+
+
+def quantise_fp8(weight: Tensor) -> Float8Weight:
     """``weight`` [.., R, C] of any floating type -> e4m3 [.., R, C] and scales float32 [.., R / 128, C / 128]
     (rounded up): a weight is its e4m3 number times its block's scale, and the block's largest is 448 of it.
 
@@ -29,7 +38,7 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     largest = blocks.amax((-3, -1))
     scales = torch.where(largest > 0, largest / LARGEST, 1.0)
     scaled = weight.float() / _of_each(scales, weight)
-    return scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
+    return Float8Weight(scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales)
 
 
 def dequantise_fp8(numbers: Tensor, scales: Tensor) -> Tensor:
