@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DeepseekV2Config, PreTrainedConfig, Qwen3MoeConfig
 
 from crosspool.build import cuda
@@ -76,9 +77,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 class Card(InterpretedDevice):
-    """A GPU with so much free memory."""
+    """A GPU with so much free memory, of which so much is taken."""
 
     free_bytes = 1 << 25
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.taken = 0
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        made = super().tensor(shape, dtype)
+        self.taken += made.nbytes
+        return made
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +102,18 @@ def folders(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 @pytest.fixture
-def build(monkeypatch) -> Iterator[Callable[..., Engine]]:
-    monkeypatch.setattr(cuda, "make_cuda_devices", lambda names: tuple(Card(name) for name in names))
+def cards() -> list[Card]:
+    """Of the engine that is built."""
+    return []
+
+
+@pytest.fixture
+def build(monkeypatch, cards) -> Iterator[Callable[..., Engine]]:
+    def make_cards(names: Sequence[str]) -> tuple[Card, ...]:
+        cards.extend(Card(name) for name in names)
+        return tuple(cards)
+
+    monkeypatch.setattr(cuda, "make_cuda_devices", make_cards)
     engines: list[Engine] = []
 
     def make(folder: Path, *, weights_dtype: str = "auto", dtype: str = "auto", **how: object) -> Engine:
@@ -144,8 +164,8 @@ def assert_says(engine: Engine, folder: Path) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("placement", [{}, TENSOR], ids=["one device", "two, by tensor"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_gpus_compute_with_the_stored_numbers_and_scales(folders, build, monkeypatch, name, placement):
-    """And their arenas are large enough, and hardly larger."""
+def test_gpus_compute_with_the_stored_numbers_and_scales(folders, build, cards, monkeypatch, name, placement):
+    """And their arenas are large enough, and hardly larger; and all is within what they have."""
     arenas = []
     make = cuda.WeightsArena
 
@@ -164,6 +184,8 @@ def test_gpus_compute_with_the_stored_numbers_and_scales(folders, build, monkeyp
     for arena in arenas:
         memory = arena.room._memory.numel()
         assert memory - cuda.bytes_between(spec) <= arena.room.used <= memory
+    for card in cards:
+        assert card.taken <= cuda.USABLE * card.free_bytes
 
 
 @needs_interpreter
@@ -213,10 +235,11 @@ def test_cpus_quantise_it_to_int8(build, tmp_path):
     assert engine.info.models[0].ffn_bytes == other.info.models[0].ffn_bytes
 
 
-def test_what_cannot_be_is_refused(folders, build):
+@pytest.mark.parametrize("kernels", list(Kernels))
+def test_what_cannot_be_is_refused(folders, build, kernels):
     _, plain = folders["a dense layer"]
     with pytest.raises(ConfigError, match="model it: weights_dtype float8 needs GPUs"):
-        build(plain, weights_dtype="float8", **on_cpu(Kernels.COMPILED))
+        build(plain, weights_dtype="float8", **on_cpu(kernels))
     with pytest.raises(ConfigError, match="model it: weights_dtype int8 needs CPU devices"):
         build(plain, weights_dtype="int8")
 

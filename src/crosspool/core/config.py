@@ -213,10 +213,8 @@ class EngineConfig:
         if self.pools.weights_memory is not WeightsMemory.MAPPED:
             raise ConfigError(f"weights_memory {self.pools.weights_memory} needs the compiled kernels")
         for model in self.models:
-            if model.weights_dtype != "auto":
-                raise ConfigError(
-                    f"model {model.name}: weights_dtype {model.weights_dtype} needs the compiled kernels"
-                )
+            if model.weights_dtype == "int8":
+                raise ConfigError(f"model {model.name}: weights_dtype int8 needs the compiled kernels")
 
     @property
     def topology(self) -> Topology:
