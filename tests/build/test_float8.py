@@ -103,23 +103,28 @@ def folders(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 @pytest.fixture
 def cards() -> list[Card]:
-    """Of the engine that is built."""
+    """Of all engines that are built."""
     return []
 
 
 @pytest.fixture
 def build(monkeypatch, cards) -> Iterator[Callable[..., Engine]]:
     def make_cards(names: Sequence[str]) -> tuple[Card, ...]:
-        cards.extend(Card(name) for name in names)
-        return tuple(cards)
+        made = tuple(Card(name) for name in names)
+        cards.extend(made)
+        return made
 
     monkeypatch.setattr(cuda, "make_cuda_devices", make_cards)
     engines: list[Engine] = []
 
-    def make(folder: Path, *, weights_dtype: str = "auto", dtype: str = "auto", **how: object) -> Engine:
+    def make(*folders: Path, weights_dtype: str = "auto", **how: object) -> Engine:
+        """Models are called by numbers."""
         devices = {"kv_devices": ("cuda:0",), "weights_devices": ("cuda:0",), "scheduler": SMALL}
-        model = ModelConfig("it", str(folder), dtype, weights_dtype)
-        engines.append(build_engine(EngineConfig((model,), **{**devices, **how})))
+        models = tuple(
+            ModelConfig(str(number), str(folder), weights_dtype=weights_dtype)
+            for number, folder in enumerate(folders)
+        )
+        engines.append(build_engine(EngineConfig(models, **{**devices, **how})))
         return engines[-1]
 
     yield make
@@ -132,10 +137,11 @@ def on_cpu(kernels: Kernels) -> dict[str, object]:
     return devices | {"kernels": kernels, "pools": PoolConfig(kv_pool_bytes=1 << 21)}
 
 
-def generate(engine: Engine) -> tuple[list[int], list[TokenLogprobs]]:
+def generate(engine: Engine, model: int = 0) -> tuple[list[int], list[TokenLogprobs]]:
     params = SamplingParams(temperature=0, max_tokens=COUNT, logprobs=20)
     nothing: frozenset[int] = frozenset()
-    engine.add(Request(RequestId(1), ModelIndex(0), tuple(PROMPT), params, COUNT, 0, nothing, Nanoseconds(0)))
+    index, prompt = ModelIndex(model), tuple(PROMPT)
+    engine.add(Request(RequestId(model), index, prompt, params, COUNT, 0, nothing, Nanoseconds(0)))
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []
     while engine.has_work():
@@ -147,12 +153,12 @@ def generate(engine: Engine) -> tuple[list[int], list[TokenLogprobs]]:
     return tokens, logprobs
 
 
-def assert_says(engine: Engine, folder: Path) -> None:
-    """As the reference with the weights in this folder."""
+def assert_says(engine: Engine, folder: Path, index: int = 0) -> None:
+    """A model what the reference says with the weights in this folder."""
     model = PagedModel(folder)
     logits = [model.prefill("it", PROMPT)[-1]]
     tokens, more = model.greedy("it", int(logits[0].argmax()), COUNT)
-    said, logprobs = generate(engine)
+    said, logprobs = generate(engine, index)
     assert said == tokens
     for row, found in zip([*logits, *more[:-1]], logprobs, strict=True):
         ids = [token for token, _ in found.top]
@@ -213,6 +219,15 @@ def test_an_ffn_of_which_a_part_is_stored_otherwise_is_of_the_models_dtype(build
     assert_says(build(float8), plain)
 
 
+@needs_interpreter
+def test_models_that_are_alike_but_for_float8_share_no_graphs(folders, build):
+    float8, plain = folders["a dense layer"]
+    engine = build(float8, plain)
+    assert [model.weights_dtype for model in engine.info.models] == ["float8", "float32"]
+    for index in (0, 1):
+        assert_says(engine, plain, index)
+
+
 @pytest.mark.parametrize("kernels", list(Kernels))
 @pytest.mark.parametrize("name", ["a dense layer", "shared experts"])
 def test_cpus_dequantise(build, tmp_path, name, kernels):
@@ -238,9 +253,9 @@ def test_cpus_quantise_it_to_int8(build, tmp_path):
 @pytest.mark.parametrize("kernels", list(Kernels))
 def test_what_cannot_be_is_refused(folders, build, kernels):
     _, plain = folders["a dense layer"]
-    with pytest.raises(ConfigError, match="model it: weights_dtype float8 needs GPUs"):
+    with pytest.raises(ConfigError, match="model 0: weights_dtype float8 needs GPUs"):
         build(plain, weights_dtype="float8", **on_cpu(kernels))
-    with pytest.raises(ConfigError, match="model it: weights_dtype int8 needs CPU devices"):
+    with pytest.raises(ConfigError, match="model 0: weights_dtype int8 needs CPU devices"):
         build(plain, weights_dtype="int8")
 
 
