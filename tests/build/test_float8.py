@@ -268,17 +268,6 @@ def test_fewer_blocks_than_devices_are_refused(folders, build):
 
 
 @needs_interpreter
-def test_shared_experts_may_be_on_fewer_devices_than_the_others(build, tmp_path):
-    config = CONFIGS["shared experts"]()
-    config.n_shared_experts, config.moe_intermediate_size = 1, 130
-    config.first_k_dense_replace = 0
-    float8, plain = save_float8(random_model(config), tmp_path)
-    spec = read_spec(float8)
-    assert {layer.ffn.shared_intermediate for layer in spec.layers} == {130}
-    assert_says(build(float8, **TENSOR), plain)
-
-
-@needs_interpreter
 def test_what_is_not_finite_is_named(folders, build, tmp_path):
     _, plain = folders["a dense layer"]
     name = "model.layers.1.mlp.experts.2.up_proj.weight"

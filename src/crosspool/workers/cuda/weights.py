@@ -31,8 +31,6 @@ class Staging:
             raise ValueError(
                 f"{source.dtype} {tuple(source.shape)} into {target.dtype} {tuple(target.shape)}"
             )
-        if source.numel() == 0:
-            return
         flat, step = target.view(-1), len(self._buffers[0]) // target.dtype.itemsize
         rows = source if source.dim() > 0 else source.view(1)
         per_row = max(1, rows[0].numel())
