@@ -1,9 +1,11 @@
-"""Section 6: Qwen3-30B-A3B with random weights through the engine, its lanes and its graphs."""
+"""Section 6: Qwen3-30B-A3B with random weights through the engine, its lanes and its graphs, in 16 bits and
+with its FFNs in float8."""
 
 from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,7 +45,7 @@ SMALL: dict[str, Any] = {
 class Model:
     """An engine of one model, which is started when it is first needed and goes when it is closed."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, weights_dtype: str = "auto") -> None:
         self._gpu = gpu
         self._engine: Engine | None = None
         self.rng = random.Random(0)
@@ -51,10 +53,10 @@ class Model:
         self.context, self.output, self.prompt = (6, 3, 10) if tiny else (1024, 512, 8192)
         self.batches = (2,) if tiny else BATCHES
         path = write_config(gpu.folder / "it", "qwen3-30b-a3b", **(SMALL if tiny else {}))
-        self.spec: ModelSpec = spec_of(path)
+        self.spec: ModelSpec = spec_of(path, weights_dtype)
         chunk = 32 if tiny else 8192
         self._config = EngineConfig(
-            (ModelConfig("it", str(path)),),
+            (ModelConfig("it", str(path), weights_dtype=weights_dtype),),
             PoolConfig(kv_pool_bytes=1 << (18 if tiny else 33), prefix_cache=False),
             SchedulerConfig(
                 chunk_quantum=16,
@@ -96,12 +98,13 @@ def bytes_of_step(spec: ModelSpec, rows: int, context: float) -> float:
         ffn, router = layer.ffn, layer.ffn.router
         assert router is not None
         read = router.num_experts * (1 - (1 - router.top_k / router.num_experts) ** rows)
-        weights = ffn.router_weights(spec.hidden_size) + 3 * spec.hidden_size * ffn.intermediate * read
-        layers += weights * spec.dtype.bytes
+        layers += ffn.router_weights(spec.hidden_size) * spec.dtype.bytes
+        layers += spec.bytes_of_ffn(replace(ffn, router=None)) * read
     return head + layers + rows * context * spec.kv_bytes_per_token
 
 
-def tbt(gpu: Gpu, model: Model, rows: int) -> list[Figure]:
+def tbt(gpu: Gpu, model: Model, rows: int, most: float | None = None) -> list[Figure]:
+    """``most`` is the target, in milliseconds."""
     if not gpu.interpreted:
         serve(model.engine, model.requests(rows, model.context, 3))
     times = serve(model.engine, model.requests(rows, model.context, model.output))
@@ -112,9 +115,8 @@ def tbt(gpu: Gpu, model: Model, rows: int) -> list[Figure]:
     longest = max(own[1] for own in times.values())
     whole = statistics.median((own[-1] - longest) / sum(at > longest for at in own) for own in times.values())
     read = bytes_of_step(model.spec, rows, model.context + model.output / 2)
-    target = MOST_STEP if rows == 1 else None
     return [
-        Figure("between tokens, mean", 1e3 * whole, "ms", target, at_least=False),
+        Figure("between tokens, mean", 1e3 * whole, "ms", most, at_least=False),
         Figure("between tokens, median", 1e3 * middle, "ms"),
         Figure("between tokens, P99", 1e3 * gaps[len(gaps) * 99 // 100], "ms"),
         Figure("tokens a second", rows / whole, "/s"),
@@ -167,10 +169,15 @@ def close(gpu: Gpu, model: Model) -> list[Figure]:
 def cases(gpu: Gpu) -> list[Case]:
     from gpu.variants import variants
 
-    model = Model(gpu)
-    made = [Case(f"{rows} rows", partial(tbt, gpu, model, rows), STARTS) for rows in model.batches]
+    model, float8 = Model(gpu), Model(gpu, "float8")
+    made = []
+    for rows in model.batches:
+        most = MOST_STEP if rows == 1 else None
+        made.append(Case(f"{rows} rows", partial(tbt, gpu, model, rows, most), STARTS))
     made.append(Case("host time", partial(host, gpu, model), 90))
     made.append(Case(f"a prompt of {model.prompt} tokens", partial(prefill, gpu, model), 90))
     made.append(Case("end", partial(close, gpu, model)))
+    made += [Case(f"{rows} rows, float8", partial(tbt, gpu, float8, rows), STARTS) for rows in float8.batches]
+    made.append(Case("end, float8", partial(close, gpu, float8)))
     made.append(Case("graphs of 8 models of 3 geometries", partial(variants, gpu), 150))
     return made

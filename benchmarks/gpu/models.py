@@ -26,7 +26,9 @@ from crosspool.core.kv_layout import KvLayout, choose_page_bytes, make_layout
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Topology
 from crosspool.engine.engine import Engine
+from crosspool.kernels.float8 import Float8Weight
 from crosspool.kernels.triton.words import LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
+from crosspool.models.checkpoint import scales_of
 from crosspool.models.geometries import find_geometry
 from crosspool.models.loader import load_attention_side, load_ffn
 from crosspool.models.registry import read_spec
@@ -37,6 +39,9 @@ from crosspool.workers.cuda.weights import WeightsArena
 from gpu.device import Gpu
 
 T = TypeVar("T")
+
+ROWS_AT_ONCE = 1 << 14
+"""That are made in 16 bits on the way to 8."""
 
 
 def write_config(folder: Path, geometry: str, **changes: Any) -> Path:
@@ -58,6 +63,15 @@ class ShapesOnly:
     def tensor(self, slot: TensorSlot, dtype: torch.dtype) -> Tensor:
         return torch.empty(slot.shape, dtype=dtype, device=META)
 
+    def float8(self, slot: TensorSlot) -> Float8Weight:
+        """Scales have numbers: those by which random numbers of variance 1 get that of other weights."""
+        numbers = torch.empty(slot.shape, dtype=torch.float8_e4m3fn, device=META)
+        return Float8Weight(numbers, torch.full(scales_of(slot).shape, slot.shape[-1] ** -0.5))
+
+    def is_float8(self, slot: TensorSlot) -> bool:
+        """Whatever is to be so."""
+        return True
+
     def check(self, slot: TensorSlot) -> str:
         return slot.name
 
@@ -70,7 +84,7 @@ class ShapesOnly:
 
 class RandomArena(WeightsArena):
     """Fills what has no memory with normal numbers of variance 1 / inputs, which keeps activations near 1,
-    and vectors, which are norms, with 1."""
+    and vectors, which are norms, with 1. Numbers in float8 have variance 1, and scales."""
 
     def __init__(self, device: Any, size: int) -> None:
         super().__init__(device, size)
@@ -84,6 +98,9 @@ class RandomArena(WeightsArena):
         target = self.room.take((rows, *first.shape[1:]), first.dtype)
         if first.dim() == 1:
             target.fill_(1)
+        elif first.dtype is torch.float8_e4m3fn:
+            for piece in target.split(ROWS_AT_ONCE):
+                piece.copy_(torch.empty_like(piece, dtype=torch.bfloat16).normal_())
         else:
             target.normal_(0, first.shape[-1] ** -0.5)
         self._device.finish()
@@ -148,5 +165,5 @@ def in_room(gpu: Gpu, make: Callable[[Room], T]) -> T:
     return make(Room(memory, zeros))
 
 
-def spec_of(folder: Path) -> ModelSpec:
-    return read_spec(folder)
+def spec_of(folder: Path, weights_dtype: str = "auto") -> ModelSpec:
+    return read_spec(folder, weights_dtype=weights_dtype)

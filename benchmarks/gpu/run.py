@@ -30,9 +30,9 @@ SECTIONS = {
     "kernels": 100,
     "graphs": 20,
     "doorbell": 15,
-    "ffn": 60,
+    "ffn": 75,
     "attention": 65,
-    "decode": 150,
+    "decode": 185,
     "sharing": 115,
 }
 """In their order, with the seconds that each is expected to take: its share of what is left."""

@@ -1,8 +1,9 @@
 """Section 7: models that share a card as two devices, under a burst of long requests to one of them, in three
 modes of equal bytes; and what lowering and the lanes beside each other are worth.
 
-The models are a few layers of Qwen3-30B-A3B with a quarter of its experts. A device has room for all their
-experts; the burst's prompts are scaled to most of what the two pools leave for KV.
+The models are a few layers of Qwen3-30B-A3B with a quarter of its experts, in float8 where the card has no
+room for them in 16 bits. A device has room for all their experts; the burst's prompts are scaled to most of
+what the two pools leave for KV.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ GEOMETRY: dict[str, Any] = {
     "max_position_embeddings": 65536,
 }
 RATE, MOST_SECONDS = 32.0, 25.0
+USABLE = 0.95
+"""Of the card's free memory."""
 BURST_SHARE = 0.8
 """Of the KV that two pools leave, for the burst's prompts."""
 
@@ -64,6 +67,7 @@ class Zoo:
     gpu: Gpu
     folder: Path
     models: int
+    weights_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         changes = SMALL if self.gpu.interpreted else GEOMETRY
@@ -71,7 +75,9 @@ class Zoo:
             write_config(self.folder / f"m{number}", "qwen3-30b-a3b", **changes)
             for number in range(self.models)
         ]
-        self.specs = {ModelIndex(number): spec_of(path) for number, path in enumerate(self.paths)}
+        self.specs = {
+            ModelIndex(number): spec_of(path, self.weights_dtype) for number, path in enumerate(self.paths)
+        }
         self.window = window_for(self.models, self.gpu.interpreted)
 
     def config(self, mode: Mode, device_bytes: int | None = None, **scheduler: Any) -> EngineConfig:
@@ -81,7 +87,7 @@ class Zoo:
         limits |= {"tbt_target": Nanoseconds(10_000_000), "chunk_quantum": 16}
         limits |= (tiny if self.gpu.interpreted else {}) | scheduler
         return EngineConfig(
-            tuple(ModelConfig(path.name, str(path)) for path in self.paths),
+            tuple(ModelConfig(path.name, str(path), weights_dtype=self.weights_dtype) for path in self.paths),
             PoolConfig(device_bytes=device_bytes, prefix_cache=False),
             SchedulerConfig(**limits),
             kv_devices=kv,
@@ -101,6 +107,16 @@ class Zoo:
         attention = sum(spec.attention_side_bytes for spec in self.specs.values())
         return besides + int(1.05 * experts) + attention // 2 + (1 << 20)
 
+    @property
+    def fits(self) -> bool:
+        return self.device_bytes * len(DEVICES) <= self.gpu.device.free_bytes * USABLE
+
+    @cached_property
+    def fitting(self) -> Zoo:
+        """This one, or its models in float8 if it did not fit when that was first asked."""
+        free_memory(self.gpu)
+        return self if self.fits else replace(self, weights_dtype="float8")
+
     @cached_property
     def shrink(self) -> tuple[int, int]:
         """How much shorter prompts and outputs are than in the trace."""
@@ -116,7 +132,8 @@ class Zoo:
 
 def mode_figures(zoo: Zoo, mode: Mode) -> list[Figure]:
     free_memory(zoo.gpu)
-    if zoo.device_bytes * len(DEVICES) > zoo.gpu.device.free_bytes * 0.95:
+    zoo = zoo.fitting
+    if not zoo.fits:
         raise NotMeasured(f"two devices of {zoo.device_bytes:,} bytes do not fit")
     engine = start_engine(zoo.gpu, zoo.config(mode, zoo.device_bytes))
     try:
@@ -143,7 +160,14 @@ def mode_figures(zoo: Zoo, mode: Mode) -> list[Figure]:
         Figure("refused", found["refused"]),
         Figure("given up", unfinished),
         Figure("preempted", found["preemptions"]),
+        bits(zoo),
     ]
+
+
+def bits(zoo: Zoo) -> Figure:
+    """What the models' FFNs are held in."""
+    spec = zoo.specs[ModelIndex(0)]
+    return Figure("bits of an FFN weight", 8 if spec.weights_dtype == "float8" else 8 * spec.dtype.bytes)
 
 
 def plain(stack: ExitStack) -> dict[str, Any]:
@@ -178,6 +202,7 @@ VARIANTS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
 def ablation(zoo: Zoo, variant: Callable[[ExitStack], dict[str, Any]]) -> list[Figure]:
     """Two streams of each model at once."""
     free_memory(zoo.gpu)
+    zoo = zoo.fitting
     rng, tiny = random.Random(0), zoo.gpu.interpreted
     prompt, output = (4, 3) if tiny else (256, 128)
     with ExitStack() as stack:
@@ -193,6 +218,7 @@ def ablation(zoo: Zoo, variant: Callable[[ExitStack], dict[str, Any]]) -> list[F
                 figures = [
                     Figure("between tokens, mean", 1e3 * statistics.fmean(gaps), "ms"),
                     Figure("between tokens, P99", 1e3 * sorted(gaps)[len(gaps) * 99 // 100], "ms"),
+                    bits(zoo),
                 ]
     finally:
         engine.close()

@@ -15,6 +15,8 @@ import pytest
 import torch
 from gpu.results import DONE, FAILED, NOT_MEASURED, Figure, Outcome, at_most
 
+from crosspool.core.config import Mode
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 
@@ -49,6 +51,47 @@ def test_every_section_runs_where_kernels_are_interpreted(section: str) -> None:
         assert outcome.status == NOT_MEASURED or outcome.figures
         if section == "kernels":
             assert not any(figure.short for figure in outcome.figures), outcome
+
+
+@pytest.mark.backend
+def test_bytes_that_are_read_are_those_of_the_weights() -> None:
+    """Of a layer's FFN that is read wholly, and of a step that reads all experts."""
+    from gpu.decode import bytes_of_step
+    from gpu.ffn import _bytes
+
+    from crosspool.models.geometries import GEOMETRIES
+    from crosspool.models.registry import read_spec
+
+    plain = read_spec(GEOMETRIES / "qwen3-30b-a3b")
+    for spec in (plain, plain.with_float8(range(plain.num_layers))):
+        assert _bytes(spec, 3, 128) == spec.ffn_bytes(3)
+        one = 3 * 2048 * 768 * 2 if spec is plain else 3 * 2048 * 768 + 4 * 3 * 16 * 6
+        assert _bytes(spec, 3, 8) == 128 * 2048 * 2 + 8 * one
+        read = bytes_of_step(spec, 10_000, 0.0)
+        embedding = spec.vocab_size * spec.hidden_size * spec.dtype.bytes
+        norm = spec.hidden_size * spec.dtype.bytes
+        whole = spec.attention_side_bytes + spec.total_ffn_bytes - embedding - norm
+        assert read == pytest.approx(whole, abs=1)
+
+
+@pytest.mark.backend
+def test_models_that_share_a_card_are_in_float8_if_it_is_too_small(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu.device import open_gpu
+    from gpu.interpreted import CpuDevice
+    from gpu.sharing import USABLE, Zoo, bits
+
+    with open_gpu(interpreted=True) as gpu:
+        plain, float8 = Zoo(gpu, tmp_path, 2), Zoo(gpu, tmp_path, 2, "float8")
+        assert plain.fitting is plain and bits(plain).value == 16
+        assert float8.device_bytes < plain.device_bytes
+        monkeypatch.setattr(CpuDevice, "free_bytes", int(2 * float8.device_bytes / USABLE) + 1)
+        small = Zoo(gpu, tmp_path, 2)
+        assert not small.fits and small.fitting.fits
+        assert small.fitting.specs == float8.specs and bits(small.fitting).value == 8
+        config = small.fitting.config(Mode.CROSSPOOL)
+        assert {model.weights_dtype for model in config.models} == {"float8"}
 
 
 @pytest.mark.backend

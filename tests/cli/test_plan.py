@@ -217,3 +217,18 @@ def test_serving_does_not_load_the_planner() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_weights_are_counted_as_they_are_held(trace: Path) -> None:
+    spec = read_spec(GEOMETRIES / "qwen3-30b-a3b")
+    sizes = {}
+    for dtype in ("auto", "float8", "int8"):
+        result = run("--models", "Qwen3-30B-A3B", "--trace", trace, "--json", "--weights-dtype", dtype)
+        assert result.exit_code == 0, result.output
+        sizes[dtype] = json.loads(result.stdout)["weights_pool_bytes"]
+    models = sizes["auto"] // spec.total_ffn_bytes
+    assert sizes["auto"] == models * spec.total_ffn_bytes
+    assert sizes["float8"] == models * spec.with_float8(range(48)).total_ffn_bytes < 0.51 * sizes["auto"]
+    assert sizes["int8"] == models * read_spec(GEOMETRIES / "qwen3-30b-a3b", "auto", "int8").total_ffn_bytes
+    said = refusal("--models", "Qwen3-30B-A3B", "--trace", trace, "--weights-dtype", "int4")
+    assert "--weights-dtype must be auto, int8, float8, not 'int4'" in said

@@ -187,7 +187,7 @@ def test_json_is_one_line_with_everything(fake: FakeServer) -> None:
         (["a", "--kv-pool-bytes", "0"], "kv_pool_bytes must be above 0"),
         (["a", "--kv-pool-bytes", "1GiB", "--kv-pool-fraction", "0.5"], "not both"),
         (["a", "--dtype", "int4"], "dtype must be auto, float32, bfloat16 or float16, not 'int4'"),
-        (["a", "--weights-dtype", "int4"], "model a: weights_dtype must be auto or int8, not 'int4'"),
+        (["a", "--weights-dtype", "int4"], "model a: weights_dtype must be auto, int8 or float8, not 'int4'"),
         (["a", "--weights-memory", "disk"], "'disk' is not one of"),
         (
             ["a", "--weights-dtype", "int8", "--kernels", "reference"],

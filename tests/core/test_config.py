@@ -40,7 +40,7 @@ def test_what_is_refused() -> None:
         ModelConfig("a", "/models/a", dtype="int3")
     with pytest.raises(ConfigError, match="without spaces"):
         ModelConfig("a b", "/models/a")
-    with pytest.raises(ConfigError, match="model a: weights_dtype must be auto or int8, not 'int4'"):
+    with pytest.raises(ConfigError, match="model a: weights_dtype must be auto, int8 or float8, not 'int4'"):
         ModelConfig("a", "/models/a", weights_dtype="int4")
 
 

@@ -49,6 +49,15 @@ def test_int8_weights_are_read_in_their_own_bytes() -> None:
     assert costs.head(1) == 97 * 64 + 4 * 97
 
 
+def test_float8_ffns_are_read_in_their_own_bytes() -> None:
+    plain = gqa_spec(hidden=200)
+    costs = LayerCosts(plain.with_float8([3]), HardwareProfile(1e18, 1e9, Nanoseconds(0)))
+    experts, width, hidden, blocks = 5, 24, 200, 3 * 2 * 1
+    matrices = experts * (3 * hidden * width + 4 * blocks)
+    assert costs.ffn(Work(1, 0, 0)) == pytest.approx((matrices + 2 * experts * hidden) * 2 / 5, abs=1)
+    assert costs.attention(Work(1, 0, 0)) == LayerCosts(plain, costs.profile).attention(Work(1, 0, 0))
+
+
 def test_longer_context_costs_attention_alone() -> None:
     costs = LayerCosts(SPEC, PROFILE)
     short, long = costs.work([(10, 1)]), costs.work([(100_000, 1)])

@@ -91,7 +91,11 @@ def test_every_option_arrives():
         (["x/a", "y/a"], {}, "given twice: a"),
         (["=x"], {}, "name must be"),
         ({"a": "x"}, {"dtype": "int8"}, "dtype must be"),
-        ({"a": "x"}, {"weights_dtype": "int4"}, "model a: weights_dtype must be auto or int8, not 'int4'"),
+        (
+            {"a": "x"},
+            {"weights_dtype": "int4"},
+            "model a: weights_dtype must be auto, int8 or float8, not 'int4'",
+        ),
         ({"a": "x"}, {"weights_memory": "disk"}, "weights_memory must be mapped or huge, not 'disk'"),
         ({"a": "x"}, {"sharding": "row"}, "sharding must be layer or tensor or model, not 'row'"),
         ({"a": "x"}, {"threads": 0}, "threads"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,8 +164,80 @@ def test_a_dtype_that_is_no_weight(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 4, dtype=torch.int8)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
     assert not checkpoint.stored_as(A, torch.float32)
-    with pytest.raises(TensorShapeError, match="a is stored as I8, only F32, BF16, F16 are read"):
+    with pytest.raises(
+        TensorShapeError, match="a is stored as I8, only F32, BF16, F16 are read, and F8_E4M3 of"
+    ):
         checkpoint.tensor(A, torch.float32)
+
+
+def float8(folder: Path, **changes: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of two blocks by three, of which the last ones are not whole."""
+    numbers = torch.randn(130, 260, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scales = torch.arange(1.0, 7.0).view(2, 3) / 7
+    kept = {"a": numbers, "a_scale_inv": scales, **changes}
+    save_file({name: it for name, it in kept.items() if it is not None}, folder / "model.safetensors")
+    return numbers, scales
+
+
+EIGHT = TensorSlot("a", (130, 260))
+
+
+def test_float8_is_a_view_of_numbers_and_float32_scales(tmp_path: Path) -> None:
+    numbers, scales = float8(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    found = checkpoint.float8(EIGHT)
+    assert checkpoint.is_float8(EIGHT) and not checkpoint.stored_as(EIGHT, torch.bfloat16)
+    assert torch.equal(found.numbers.view(torch.uint8), numbers.view(torch.uint8))
+    assert torch.equal(found.scales, scales)
+    file = tmp_path / "model.safetensors"
+    assert any(found.numbers.data_ptr() in addresses for addresses in mapped_ranges(file))
+    float8(tmp_path, a_scale_inv=scales.bfloat16())
+    coarse = Checkpoint(tmp_path).float8(EIGHT).scales
+    assert coarse.dtype is torch.float32 and torch.equal(coarse, scales.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float8_is_dequantised_and_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers, scales = float8(tmp_path)
+    wanted = numbers.double()
+    for row in range(130):
+        for column in range(260):
+            wanted[row, column] *= scales[row // 128, column // 128].double()
+    found = Checkpoint(tmp_path).tensor(EIGHT, dtype)
+    assert found.dtype is dtype
+    assert torch.equal(found, wanted.float().to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"a_scale_inv": None}, MissingTensorError, "no tensor a_scale_inv in 1 tensors"),
+        (
+            {"a_scale_inv": torch.ones(3, 3)},
+            TensorShapeError,
+            r"a_scale_inv has shape \[3, 3\], the config implies \[2, 3\]",
+        ),
+        ({"a_scale_inv": torch.ones(())}, TensorShapeError, r"a_scale_inv has shape \[\]"),
+        (
+            {"a_scale_inv": torch.ones(2, 3, dtype=torch.uint8)},
+            TensorShapeError,
+            "a_scale_inv is stored as U8",
+        ),
+        ({"a": torch.ones(130, 130).to(torch.float8_e4m3fn)}, TensorShapeError, r"a has shape \[130, 130\]"),
+        ({"a": torch.ones(130, 260).to(torch.float8_e5m2)}, TensorShapeError, "a is stored as F8_E5M2"),
+    ],
+)
+def test_float8_that_is_not_whole(tmp_path: Path, changes: Any, error: type, message: str) -> None:
+    float8(tmp_path, **changes)
+    for read in (Checkpoint.check, Checkpoint.float8, lambda it, slot: it.tensor(slot, torch.float32)):
+        with pytest.raises(error, match=message):
+            read(Checkpoint(tmp_path), EIGHT)
+
+
+def test_a_float8_vector_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(TensorShapeError, match="a is stored as F8_E4M3"):
+        Checkpoint(tmp_path).tensor(TensorSlot("a", (4,)), torch.float32)
 
 
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:

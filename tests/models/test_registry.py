@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "torch_dtype": "bfloat16",
+}
+
+FLOAT8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+MIXTURE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
 }
 
 
@@ -127,8 +138,16 @@ def test_one_known_architecture_is_enough(tmp_path: Path) -> None:
         ({"architectures": []}, "names no architectures"),
         ({"architectures": "LlamaForCausalLM"}, "names no architectures"),
         ({"architectures": ["MambaForCausalLM", 3]}, "no family for MambaForCausalLM, 3; supported: Llama"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .* (method gptq)"),
-        ({"compression_config": {"format": "x"}}, "quantised .* (method unknown)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, 'method gptq, .* supported: quant_method "fp8"'),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "method modelopt"),
+        ({"quantization_config": "awq"}, "quantised with method awq"),
+        ({"compression_config": {"format": "x"}}, "quantised with method unknown"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None .* [128, 128]"),
+        ({"quantization_config": FLOAT8 | {"weight_block_size": [64, 128]}}, "weight_block_size [64, 128]"),
+        ({"quantization_config": FLOAT8 | {"weight_block_size": [1, 32]}}, "weight_block_size [1, 32]"),
+        ({"quantization_config": FLOAT8 | {"activation_scheme": "static"}}, "activation_scheme 'static'"),
+        ({"quantization_config": FLOAT8 | {"fmt": "e5m2"}}, "fmt 'e5m2' .* fmt 'e4m3'"),
+        ({"quantization_config": FLOAT8 | {"expert_dtype": "fp4"}}, "expert_dtype 'fp4'"),
         ({"hidden_act": "swish_glu"}, "hidden_act 'swish_glu' is not supported"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
@@ -144,6 +163,50 @@ def test_models_that_are_not_covered(tmp_path: Path, changes: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
+    ("kept", "float8"),
+    [
+        (None, [0, 1, 2, 3]),
+        ([], [0, 1, 2, 3]),
+        (["lm_head", "model.layers.1.mlp.gate", "model.layers.2.self_attn", "model.l"], [0, 1, 2, 3]),
+        (["model.layers.1.mlp.experts.1"], [0, 2, 3]),
+        (["model.layers.2.mlp.experts.11.down_proj"], [0, 1, 3]),
+        (["model.layers.0.mlp.up_proj", "model.layers.3"], [1, 2]),
+        (["shared_experts.gate_proj"], [0]),
+        (["model"], []),
+    ],
+)
+def test_ffns_are_float8_that_are_stored_so_wholly(
+    tmp_path: Path, kept: list[str] | None, float8: list[int]
+) -> None:
+    """Names are of modules, or of what modules are in, or ends of names."""
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        quantised = FLOAT8 | ({} if kept is None else {key: kept})
+        spec = spec_of(tmp_path, quantization_config=quantised, **MIXTURE)
+        assert [number for number, layer in enumerate(spec.layers) if layer.ffn.float8] == float8
+        assert spec.weights_dtype == ("float8" if float8 else "bfloat16")
+
+
+def test_what_is_asked_for_goes_before_what_is_stored(tmp_path: Path) -> None:
+    plain = spec_of(tmp_path, **MIXTURE)
+    float8 = read_spec(tmp_path, weights_dtype="float8")
+    assert all(layer.ffn.float8 for layer in float8.layers) and float8.with_float8(()) == plain
+    spec_of(tmp_path, quantization_config=FLOAT8 | {"modules_to_not_convert": ["model"]}, **MIXTURE)
+    assert read_spec(tmp_path, weights_dtype="float8") == float8
+    assert read_spec(tmp_path, weights_dtype="int8") == replace(plain, int8_weights=True)
+    assert read_spec(tmp_path, weights_dtype="int8").weights_dtype == "int8"
+
+
+def test_bytes_of_float8_ffns(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 130, "intermediate_size": 256, "n_shared_experts": 2}
+    spec = spec_of(tmp_path, quantization_config=FLOAT8, **MIXTURE | sizes | {"moe_intermediate_size": 129})
+    assert spec.ffn_bytes(0) == 3 * 130 * 256 + 4 * 3 * 2 * 2
+    weights, blocks = 3 * 130 * (12 * 129 + 258), 3 * 2 * (12 * 2 + 3)
+    assert spec.ffn_bytes(1) == weights + 4 * blocks + 2 * 12 * 130
+    assert spec.ffn_bytes(1, parts=2) == spec.ffn_bytes(1)
+    assert spec.attention_side_bytes == spec.with_float8(()).attention_side_bytes
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_size": None}, "hidden_size must be an integer from 1"),
@@ -152,6 +215,13 @@ def test_models_that_are_not_covered(tmp_path: Path, changes: dict[str, Any], me
         ({"vocab_size": "50"}, "vocab_size must be"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a number above 0"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        *(
+            (
+                {"quantization_config": FLOAT8 | {"modules_to_not_convert": kept}},
+                "modules_to_not_convert must be",
+            )
+            for kept in ("lm_head", [3], [""], ["model.layers.*.mlp"], {"a": 1})
+        ),
     ],
 )
 def test_configs_that_are_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -100,7 +100,7 @@ def _with_pools(
         model,
         architecture=spec.architecture,
         dtype=spec.dtype,
-        weights_dtype="int8" if spec.int8_weights else spec.dtype,
+        weights_dtype=spec.weights_dtype,
         vocab_size=spec.vocab_size,
         max_context=spec.max_context,
         max_pool_tokens=pool.most_tokens(model.index),

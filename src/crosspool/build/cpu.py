@@ -14,6 +14,7 @@ from crosspool.backends.factory import make_backends
 from crosspool.build.pool_plan import PoolPlan, plan_pools
 from crosspool.build.workers import Compiling, Specs, Workers
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
+from crosspool.core.errors import ConfigError
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
@@ -38,9 +39,17 @@ class CpuMachine:
     profile = HardwareProfile()
 
     def __init__(self, config: EngineConfig) -> None:
+        for model in config.models:
+            if model.weights_dtype == "float8":
+                raise ConfigError(f"model {model.name}: weights_dtype float8 needs GPUs")
         self._config = config
         reference = config.kernels is Kernels.REFERENCE
         self._backends = make_backends(config.topology.teams, config.threads, leave_a_core=reference)
+
+    def held(self, spec: ModelSpec) -> ModelSpec:
+        """Float8 is dequantised while it loads, to model dtype and then perhaps to int8. So it is copied
+        even where weights are read from mapped files, and takes the bytes of what it has become."""
+        return spec.with_float8(())
 
     def plan(self, specs: Specs) -> PoolPlan:
         return plan_pools(self._config, specs, self._backends[0].free_bytes)

@@ -10,7 +10,7 @@ import torch
 from crosspool.backends.cuda import CudaDevice
 from crosspool.backends.device import Device
 from crosspool.backends.factory import make_cuda_devices
-from crosspool.build.pool_plan import PoolPlan, choose_homes, ffn_bytes_by_layer, plan_pools
+from crosspool.build.pool_plan import PoolPlan, choose_homes, plan_pools, weights_on_devices
 from crosspool.build.workers import Compiling, Specs
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
 from crosspool.core.errors import ConfigError, OutOfMemoryError
@@ -20,7 +20,7 @@ from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Sharding, Topology
 from crosspool.costs.layer import HardwareProfile
-from crosspool.models.weights import AttentionSideWeights, FfnWeights
+from crosspool.models.weights import AttentionSideWeights, FfnWeights, part_of_ffn
 from crosspool.workers.clock import MonotonicClock
 from crosspool.workers.cuda.executor import CudaExecutor
 from crosspool.workers.cuda.feeder import Feeder, route_of
@@ -45,6 +45,9 @@ class CudaMachine:
         _check(config)
         self._config = config
         self._devices = make_cuda_devices(config.topology.teams)
+
+    def held(self, spec: ModelSpec) -> ModelSpec:
+        return spec
 
     def plan(self, specs: Specs) -> PoolPlan:
         """With device_bytes, each device has so much; otherwise an equal part of what its GPU has free. Lanes
@@ -79,8 +82,8 @@ def _check(config: EngineConfig) -> None:
     if config.pools.weights_memory is not WeightsMemory.MAPPED:
         raise ConfigError(f"weights_memory {config.pools.weights_memory} is about CPU devices")
     for model in config.models:
-        if model.weights_dtype != "auto":
-            raise ConfigError(f"model {model.name}: weights_dtype {model.weights_dtype} needs CPU devices")
+        if model.weights_dtype == "int8":
+            raise ConfigError(f"model {model.name}: weights_dtype int8 needs CPU devices")
     if len(config.kv_devices) > 1 and config.topology.sharding is not Sharding.MODEL:
         raise ConfigError(
             "on GPUs a sequence has all its KV on one device: where models have no homes there is one KV "
@@ -94,12 +97,14 @@ def _share(device: CudaDevice, devices: tuple[CudaDevice, ...]) -> int:
 
 
 def weights_bytes(spec: ModelSpec, topology: Topology, home: KvDevice) -> list[int]:
-    """What the weights of a model take on the devices of all teams."""
+    """What the weights of a model take on the devices of all teams. Each device has its part of an FFN, and a
+    router of its own."""
     needed = [0] * len(topology.teams)
     needed[topology.attention_team(home)] += spec.attention_side_bytes
-    for layer, size in enumerate(ffn_bytes_by_layer(spec, topology)):
-        for device in topology.ffn_devices(layer, home):
-            needed[topology.weights_team(device)] += -(-size // topology.ffn_parts)
+    for number, layer in enumerate(spec.layers):
+        for part, device in enumerate(topology.ffn_devices(number, home)):
+            own = part_of_ffn(layer.ffn, part, topology.ffn_parts)
+            needed[topology.weights_team(device)] += spec.bytes_of_ffn(own)
     return needed
 
 
@@ -110,7 +115,8 @@ def bytes_between(spec: ModelSpec) -> int:
 
 
 def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device]) -> list[int]:
-    """What each team's device needs beside weights and KV."""
+    """What each team's device needs beside KV and the weights that pools are planned with: of shared FFNs a
+    part may be larger than an equal share."""
     page_bytes = config.pools.page_bytes or choose_page_bytes(specs.values())
     homes = choose_homes(config.topology, specs)
     keys: dict[KvDevice, set[Key]] = {}
@@ -119,7 +125,11 @@ def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device])
         geometry = Geometry.of(spec, make_layout(spec, page_bytes))
         keys.setdefault(home, set()).add((geometry, route_of(config.topology, home, spec.num_layers)))
     between = sum(bytes_between(spec) for spec in specs.values())
-    needed = [between] * len(devices)
+    planned = weights_on_devices(config.topology, specs, homes)
+    needed = [between - planned[name] for name in config.topology.teams]
+    for model, spec in specs.items():
+        for team, size in enumerate(weights_bytes(spec, config.topology, homes.get(model, KvDevice(0)))):
+            needed[team] += size
     for home, own in keys.items():
         try:
             sizes = home_plan(config, devices, home, own).device_bytes()

@@ -8,6 +8,7 @@ from crosspool.backends.factory import are_cuda
 from crosspool.build.pool_plan import PoolPlan
 from crosspool.build.workers import Specs, Workers
 from crosspool.core.config import EngineConfig
+from crosspool.core.spec import ModelSpec
 from crosspool.costs.layer import HardwareProfile
 
 
@@ -15,6 +16,10 @@ class Machine(Protocol):
     @property
     def profile(self) -> HardwareProfile:
         """What costs are first guessed by."""
+        ...
+
+    def held(self, spec: ModelSpec) -> ModelSpec:
+        """A model as it is held here: what the devices cannot compute with is converted while it loads."""
         ...
 
     def plan(self, specs: Specs) -> PoolPlan:

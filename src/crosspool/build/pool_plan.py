@@ -96,13 +96,10 @@ def choose_homes(topology: Topology, specs: Mapping[ModelIndex, ModelSpec]) -> d
     return homes
 
 
-def _left_on_devices(
-    topology: Topology,
-    specs: Mapping[ModelIndex, ModelSpec],
-    homes: Mapping[ModelIndex, KvDevice],
-    device_bytes: int,
-) -> Sequence[int]:
-    """Bytes that weights leave of each KV device. Raises OutOfMemoryError if they do not fit some device."""
+def weights_on_devices(
+    topology: Topology, specs: Mapping[ModelIndex, ModelSpec], homes: Mapping[ModelIndex, KvDevice]
+) -> dict[str, int]:
+    """Bytes of weights by the devices' names. Those that share an FFN are taken to have equal parts."""
     used = dict.fromkeys(topology.teams, 0)
     for model, spec in specs.items():
         home = homes.get(model, FIRST)
@@ -110,6 +107,17 @@ def _left_on_devices(
         for layer, size in enumerate(ffn_bytes_by_layer(spec, topology)):
             for device in topology.ffn_devices(layer, home):
                 used[topology.weights_devices[device]] += -(-size // topology.ffn_parts)
+    return used
+
+
+def _left_on_devices(
+    topology: Topology,
+    specs: Mapping[ModelIndex, ModelSpec],
+    homes: Mapping[ModelIndex, KvDevice],
+    device_bytes: int,
+) -> Sequence[int]:
+    """Bytes that weights leave of each KV device. Raises OutOfMemoryError if they do not fit some device."""
+    used = weights_on_devices(topology, specs, homes)
     for name, needed in used.items():
         if needed > device_bytes:
             raise OutOfMemoryError(

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from crosspool.build.control import assemble
-from crosspool.build.machine import make_machine
+from crosspool.build.machine import Machine, make_machine
 from crosspool.build.pool_plan import ffn_bytes_by_layer
 from crosspool.build.workers import Workers
 from crosspool.core.config import EngineConfig, ModelConfig
@@ -40,7 +40,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     machine = make_machine(config)
     report = progress or (lambda _: None)
     errors: dict[ModelIndex, str] = {}
-    sources = _open_models(config, errors, report)
+    sources = _open_models(config, machine, errors, report)
     specs = {source.index: source.spec for source in sources}
     plan = machine.plan(specs)
     workers = machine.workers(plan, specs)
@@ -75,12 +75,14 @@ class _Source:
     checkpoint: Checkpoint
 
 
-def _open_models(config: EngineConfig, errors: dict[ModelIndex, str], report: Progress) -> list[_Source]:
+def _open_models(
+    config: EngineConfig, machine: Machine, errors: dict[ModelIndex, str], report: Progress
+) -> list[_Source]:
     sources = []
     for number, model in enumerate(config.models):
         index = ModelIndex(number)
         try:
-            sources.append(_open_model(index, model))
+            sources.append(_open_model(index, model, machine))
         except Exception as error:
             errors[index] = _reason(model, error)
             _log.warning("model %s could not be loaded: %s", model.name, errors[index])
@@ -89,9 +91,9 @@ def _open_models(config: EngineConfig, errors: dict[ModelIndex, str], report: Pr
     return sources
 
 
-def _open_model(index: ModelIndex, model: ModelConfig) -> _Source:
+def _open_model(index: ModelIndex, model: ModelConfig, machine: Machine) -> _Source:
     """Config and headers are held against each other before any pool is sized by them."""
-    spec = read_spec(model.path, model.dtype, model.weights_dtype)
+    spec = machine.held(read_spec(model.path, model.dtype, model.weights_dtype))
     checkpoint = Checkpoint(model.path)
     check_tensors(spec, checkpoint)
     return _Source(index, model, spec, checkpoint)

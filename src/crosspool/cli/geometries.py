@@ -8,8 +8,9 @@ from crosspool.core.errors import ConfigError
 from crosspool.core.spec import ModelSpec
 
 
-def find_spec(place: str, base: Path) -> tuple[str, ModelSpec]:
-    """The name and the geometry. Folders are relative to ``base`` and come first.
+def find_spec(place: str, base: Path, weights_dtype: str = "auto") -> tuple[str, ModelSpec]:
+    """The name and the geometry. Folders are relative to ``base`` and come first. ``weights_dtype`` is as for
+    read_spec.
 
     Raises ConfigError for a name that is neither, and what reading a config.json raises.
     """
@@ -20,11 +21,11 @@ def find_spec(place: str, base: Path) -> tuple[str, ModelSpec]:
     if folder.is_file() and folder.name == "config.json":
         folder = folder.parent
     if folder.is_dir():
-        return folder.resolve().name, read_spec(folder)
+        return folder.resolve().name, read_spec(folder, weights_dtype=weights_dtype)
     geometry = find_geometry(place)
     if geometry is None:
         raise ConfigError(
             f"no model {place!r}: it is no folder, no config.json and none of the names "
             f"{', '.join(geometry_names())}"
         )
-    return place, read_spec(geometry)
+    return place, read_spec(geometry, weights_dtype=weights_dtype)

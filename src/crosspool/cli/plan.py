@@ -11,6 +11,7 @@ import typer
 
 from crosspool.cli import plan_options as opt
 from crosspool.cli.options import Json
+from crosspool.core.config import WEIGHTS_DTYPES
 from crosspool.core.errors import ConfigError, CrossPoolError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def plan(
     models: opt.Models = None,
     trace: opt.TraceFile = None,
     workload: opt.WorkloadFile = None,
+    weights_dtype: opt.WeightsDtype = "auto",
     tbt_ms: opt.TbtMs = 40.0,
     prefill_tps: opt.PrefillTps = 8000.0,
     risk: opt.Risk = 0.001,
@@ -68,7 +70,9 @@ def plan(
             raise ConfigError(f"there is no folder {path.parent}")
     if plot is not None:
         check_plan_plot(plot)
-    zoo, requests = _find_zoo(models, trace, workload, seed)
+    if weights_dtype not in WEIGHTS_DTYPES:
+        raise ConfigError(f"--weights-dtype must be {', '.join(WEIGHTS_DTYPES)}, not {weights_dtype!r}")
+    zoo, requests = _find_zoo(models, trace, workload, weights_dtype, seed)
     made = make_plan(zoo, requests, options)
     _print(made, as_json)
     try:
@@ -94,7 +98,7 @@ def _observed(since: Sequence[str]) -> dict[str, float]:
 
 
 def _find_zoo(
-    models: str | None, trace: Path | None, workload: Path | None, seed: int
+    models: str | None, trace: Path | None, workload: Path | None, weights_dtype: str, seed: int
 ) -> tuple[list[ZooModel], Trace]:
     """The models, one for each index of the trace or more."""
     if (trace is None) == (workload is None):
@@ -102,12 +106,12 @@ def _find_zoo(
     if workload is not None:
         if models is not None:
             raise ConfigError("--models goes with --trace; a workload file names its own models")
-        return _read_workload(workload, seed)
+        return _read_workload(workload, weights_dtype, seed)
     assert trace is not None
-    return _read_trace(models, trace)
+    return _read_trace(models, trace, weights_dtype)
 
 
-def _read_workload(path: Path, seed: int) -> tuple[list[ZooModel], Trace]:
+def _read_workload(path: Path, weights_dtype: str, seed: int) -> tuple[list[ZooModel], Trace]:
     from crosspool.cli.geometries import find_spec
     from crosspool.cli.workload_file import read_workload_file
     from crosspool.planner.sizing import ZooModel
@@ -116,7 +120,7 @@ def _read_workload(path: Path, seed: int) -> tuple[list[ZooModel], Trace]:
     read = read_workload_file(path)
     zoo = []
     for model in read.models:
-        name, spec = find_spec(model.place, path.absolute().parent)
+        name, spec = find_spec(model.place, path.absolute().parent, weights_dtype)
         zoo.append(ZooModel(model.name or name, spec))
     names = [model.name for model in zoo]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -125,7 +129,7 @@ def _read_workload(path: Path, seed: int) -> tuple[list[ZooModel], Trace]:
     return zoo, draw_trace([model.expected for model in read.models], read.hours, seed)
 
 
-def _read_trace(models: str | None, path: Path) -> tuple[list[ZooModel], Trace]:
+def _read_trace(models: str | None, path: Path, weights_dtype: str) -> tuple[list[ZooModel], Trace]:
     from dataclasses import replace
 
     from crosspool.cli.geometries import find_spec
@@ -136,7 +140,7 @@ def _read_trace(models: str | None, path: Path) -> tuple[list[ZooModel], Trace]:
     places = [place.strip() for place in models.split(",")] if models is not None else list(names or ())
     if not places:
         raise ConfigError(f"--models is needed: {path} numbers its models and does not name them")
-    found = [find_spec(place, Path.cwd()) for place in places]
+    found = [find_spec(place, Path.cwd(), weights_dtype) for place in places]
     count = max(trace.models, len(found))
     zoo = []
     for index in range(count):

@@ -30,6 +30,9 @@ WorkloadFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="TOML with a rate and lengths for each model, in place of a trace."),
 ]
+WeightsDtype = Annotated[
+    str, typer.Option(help="As for serve: auto (as stored), or int8 or float8, as quantised while they load.")
+]
 TbtMs = Annotated[float, typer.Option(metavar="MS", help="Time between the tokens of a request.")]
 PrefillTps = Annotated[float, typer.Option(metavar="N", help="Prompt tokens computed per second.")]
 Risk = Annotated[float, typer.Option(help="The share of requests that may wait for pages.")]

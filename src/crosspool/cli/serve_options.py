@@ -33,8 +33,9 @@ Dtype = Annotated[
 WeightsDtype = Annotated[
     str,
     typer.Option(
-        help="auto (as --dtype) or int8: quantise projections, experts and LM heads as they load, for models "
-        "whose zoo file says nothing."
+        help="auto (as --dtype; FFNs that are stored in float8 stay so on GPUs), or what weights become "
+        "as they load: int8 (CPUs: projections, experts, LM heads) or float8 (GPUs: experts, other FFNs). "
+        "For models whose zoo file says nothing."
     ),
 ]
 WeightsMemoryOption = Annotated[

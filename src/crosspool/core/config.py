@@ -11,6 +11,7 @@ from crosspool.core.topology import Sharding, Topology
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
+WEIGHTS_DTYPES = ("auto", "int8", "float8")
 MOST_DECODE_STEPS = 4096
 """The stages of all passes of a grant are numbered in 24 bits (workers/resident/control.py)."""
 
@@ -20,7 +21,8 @@ class ModelConfig:
     """One model to serve: the name that clients use and the folder that holds the checkpoint.
 
     ``dtype`` is "auto" (as stored), "float32", "bfloat16" or "float16". ``weights_dtype`` is "auto" (as
-    ``dtype``) or "int8": projections, experts and LM head are quantised while they load. ``ttft_target`` and
+    ``dtype``, but FFNs that are stored in float8 stay so on GPUs) or what matrices become while they load:
+    "int8" (CPU devices: projections, experts and LM head) or "float8" (GPUs: FFNs). ``ttft_target`` and
     ``tbt_target`` override the scheduler's for this model. ``pinned`` weights are never evicted.
 
     Of the KV pool, ``kv_floor_bytes`` are kept for this model, and it holds ``kv_cap_bytes`` at most (None:
@@ -55,9 +57,9 @@ class ModelConfig:
             raise ConfigError(
                 f"model {self.name}: dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}"
             )
-        if self.weights_dtype not in ("auto", "int8"):
+        if self.weights_dtype not in WEIGHTS_DTYPES:
             raise ConfigError(
-                f"model {self.name}: weights_dtype must be auto or int8, not {self.weights_dtype!r}"
+                f"model {self.name}: weights_dtype must be auto, int8 or float8, not {self.weights_dtype!r}"
             )
 
 
@@ -211,10 +213,8 @@ class EngineConfig:
         if self.pools.weights_memory is not WeightsMemory.MAPPED:
             raise ConfigError(f"weights_memory {self.pools.weights_memory} needs the compiled kernels")
         for model in self.models:
-            if model.weights_dtype != "auto":
-                raise ConfigError(
-                    f"model {model.name}: weights_dtype {model.weights_dtype} needs the compiled kernels"
-                )
+            if model.weights_dtype == "int8":
+                raise ConfigError(f"model {model.name}: weights_dtype int8 needs the compiled kernels")
 
     @property
     def topology(self) -> Topology:

@@ -6,8 +6,12 @@ name says bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+FLOAT8_BLOCK = 128
+"""A float8 matrix has a scale for each block of so many rows and columns."""
 
 
 class DType(StrEnum):
@@ -168,12 +172,14 @@ class FfnSpec:
 
     ``intermediate`` is the width of the dense FFN or of one expert; ``shared_intermediate`` the width of the
     shared experts taken together (0: none). ``router`` None: dense. ``activation`` is the public name.
+    ``float8``: all matrices but the router are held in e4m3 with a float32 scale for each block.
     """
 
     intermediate: int
     activation: str = "silu"
     router: RouterSpec | None = None
     shared_intermediate: int = 0
+    float8: bool = False
 
     def weights(self, hidden: int) -> int:
         """Number of weights of this FFN, but for a selection bias, for a model of width ``hidden``."""
@@ -193,6 +199,12 @@ class FfnSpec:
         experts = 1 if self.router is None else self.router.num_experts
         outputs = parts * hidden * (experts + (self.shared_intermediate > 0))
         return 2 * (experts * self.intermediate + self.shared_intermediate) + outputs
+
+    def matrix_blocks(self, hidden: int) -> int:
+        """Blocks of all experts' matrices, as float8 has them."""
+        experts = 1 if self.router is None else self.router.num_experts
+        columns = experts * _blocks(self.intermediate) + _blocks(self.shared_intermediate)
+        return 3 * _blocks(hidden) * columns
 
     @property
     def selection_bias_bytes(self) -> int:
@@ -219,7 +231,8 @@ class LayerSpec:
 class ModelSpec:
     """A decoder-only model: pre-norm layers of an attention half and an FFN half.
 
-    ``int8_weights``: projections, experts and the LM head are held as int8 with one float32 scale a row.
+    ``int8_weights``: projections, experts and the LM head are held as int8 with one float32 scale a row. Then
+    no FFN is float8.
     """
 
     architecture: str
@@ -250,13 +263,34 @@ class ModelSpec:
 
     def ffn_bytes(self, layer: int, parts: int = 1) -> int:
         """Bytes of the FFN weights of one layer, on the ``parts`` devices that share it together."""
-        ffn, hidden = self.layers[layer].ffn, self.hidden_size
-        matrices = self.matrix_bytes(ffn.matrix_weights(hidden), ffn.matrix_rows(hidden, parts))
-        return matrices + ffn.router_weights(hidden) * self.dtype.bytes + ffn.selection_bias_bytes
+        return self.bytes_of_ffn(self.layers[layer].ffn, parts)
+
+    def bytes_of_ffn(self, ffn: FfnSpec, parts: int = 1) -> int:
+        """Likewise, of an FFN that is like those of this model: one of them, or part of one."""
+        hidden = self.hidden_size
+        others = ffn.router_weights(hidden) * self.dtype.bytes + ffn.selection_bias_bytes
+        if ffn.float8:
+            return ffn.matrix_weights(hidden) + 4 * ffn.matrix_blocks(hidden) + others
+        return self.matrix_bytes(ffn.matrix_weights(hidden), ffn.matrix_rows(hidden, parts)) + others
 
     @property
     def total_ffn_bytes(self) -> int:
         return sum(self.ffn_bytes(layer) for layer in range(self.num_layers))
+
+    @property
+    def weights_dtype(self) -> str:
+        """Of its FFNs' matrices: "int8", "float8" if some are so, or the model's dtype."""
+        if self.int8_weights:
+            return "int8"
+        return "float8" if any(layer.ffn.float8 for layer in self.layers) else self.dtype
+
+    def with_float8(self, layers: Collection[int]) -> ModelSpec:
+        """The same model where the FFNs of these layers, and of no others, are float8."""
+        changed = (
+            replace(layer, ffn=replace(layer.ffn, float8=number in layers))
+            for number, layer in enumerate(self.layers)
+        )
+        return replace(self, layers=tuple(changed))
 
     def matrix_bytes(self, weights: int, rows: int) -> int:
         """Bytes of large matrices that have so many weights in so many rows."""
@@ -290,3 +324,7 @@ class ModelSpec:
         head = self.head_bytes if self.int8_weights or not self.tied_embeddings else 0
         others = (self.vocab_size + 1) * self.hidden_size * self.dtype.bytes
         return others + head + self.num_layers * self.attention_bytes
+
+
+def _blocks(size: int) -> int:
+    return -(-size // FLOAT8_BLOCK)

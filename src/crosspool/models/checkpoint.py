@@ -20,12 +20,17 @@ from crosspool.core.errors import (
     TensorShapeError,
     UnsupportedModelError,
 )
+from crosspool.core.spec import FLOAT8_BLOCK
+from crosspool.kernels.float8 import Float8Weight, dequantise_fp8
 from crosspool.models.public_config import read_json
 from crosspool.models.weight_names import TensorSlot
 
 INDEX = "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT8 = "F8_E4M3"
+SCALES = "_scale_inv"
+"""What is appended to a float8 matrix's name for its scales' (quantisation.py)."""
 
 
 class MappedFile(Protocol):
@@ -57,16 +62,28 @@ class Checkpoint:
 
     def tensor(self, slot: TensorSlot, dtype: torch.dtype) -> Tensor:
         """The tensor of a slot in ``dtype``: a view of the mapped file if it is stored so, else a copy.
+        Float8 is multiplied with its scales, and rounded once.
 
         Raises what ``check`` raises.
         """
+        if self.is_float8(slot):
+            return dequantise_fp8(*self.float8(slot)).to(dtype)
         return self._opened[self.check(slot)].get_tensor(slot.name).to(dtype)
 
+    def float8(self, slot: TensorSlot) -> Float8Weight:
+        """A matrix that is stored in float8: the numbers are a view of the mapped file.
+
+        Raises what ``check`` raises.
+        """
+        numbers = self._opened[self.check(slot)].get_tensor(slot.name)
+        return Float8Weight(numbers, self.tensor(scales_of(slot), torch.float32))
+
     def check(self, slot: TensorSlot) -> str:
-        """The name of the file that holds this slot's tensor, by its header alone.
+        """The name of the file that holds this slot's tensor, by its header alone, and by that of its scales
+        where it is a matrix in float8.
 
         Raises MissingTensorError, or TensorShapeError for another shape or for a dtype that is not float32,
-        bfloat16 or float16.
+        bfloat16, float16 or float8.
         """
         file = self._file(slot)
         stored = self._opened[file].get_slice(slot.name)
@@ -76,10 +93,12 @@ class Checkpoint:
                 f"{self.folder / file}: {slot.name} has shape {list(shape)}, "
                 f"the config implies {list(slot.shape)}"
             )
-        if stored.get_dtype() not in STORED_DTYPES:
+        if stored.get_dtype() == FLOAT8 and len(shape) == 2:
+            self.check(scales_of(slot))
+        elif stored.get_dtype() not in STORED_DTYPES:
             raise TensorShapeError(
                 f"{self.folder / file}: {slot.name} is stored as {stored.get_dtype()}, "
-                f"only {', '.join(STORED_DTYPES)} are read"
+                f"only {', '.join(STORED_DTYPES)} are read, and {FLOAT8} of matrices with scales"
             )
         return file
 
@@ -91,8 +110,15 @@ class Checkpoint:
 
     def stored_as(self, slot: TensorSlot, dtype: torch.dtype) -> bool:
         """Whether ``tensor`` would return a view of the mapped file."""
-        stored = self._opened[self._file(slot)].get_slice(slot.name).get_dtype()
-        return STORED_DTYPES.get(stored) is dtype
+        return STORED_DTYPES.get(self._stored(slot)) is dtype
+
+    def is_float8(self, slot: TensorSlot) -> bool:
+        """Whether it is stored in float8."""
+        return self._stored(slot) == FLOAT8
+
+    def _stored(self, slot: TensorSlot) -> str:
+        stored: str = self._opened[self._file(slot)].get_slice(slot.name).get_dtype()
+        return stored
 
     def _file(self, slot: TensorSlot) -> str:
         file = self._file_of.get(slot.name)
@@ -101,6 +127,11 @@ class Checkpoint:
         if slot.name not in self._names[file]:
             raise MissingTensorError(f"{self.folder / file}: no tensor {slot.name}, though {INDEX} names it")
         return file
+
+
+def scales_of(slot: TensorSlot) -> TensorSlot:
+    """Of a matrix in float8."""
+    return TensorSlot(slot.name + SCALES, tuple(-(-size // FLOAT8_BLOCK) for size in slot.shape))
 
 
 def _read_index(index: Path) -> dict[str, str]:

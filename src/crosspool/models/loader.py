@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from crosspool.core.errors import CorruptCheckpointError
 from crosspool.core.spec import GqaSpec, ModelSpec
+from crosspool.kernels.float8 import Float8Weight, quantise_fp8
 from crosspool.kernels.interface import ExpertWeights
 from crosspool.models import registry, weight_names
 from crosspool.models.checkpoint import Checkpoint
-from crosspool.models.weight_names import ExpertSlots, TensorSlot
+from crosspool.models.weight_names import ExpertSlots, FfnSlots, TensorSlot
 from crosspool.models.weights import (
     AttentionLayerWeights,
     AttentionSideWeights,
@@ -55,29 +59,60 @@ def _load_layer(spec: ModelSpec, checkpoint: Checkpoint, layer: int) -> Attentio
 
 
 def load_ffn(spec: ModelSpec, checkpoint: Checkpoint, layer: int) -> FfnWeights:
-    """The FFN half of one layer: views of the mapped files where they store the model's dtype.
+    """The FFN half of one layer: views of the mapped files where they store what is held.
 
-    A selection bias is always float32: it decides between experts whose scores are close. Raises
-    MissingTensorError or TensorShapeError naming file and tensor.
+    A selection bias is always float32: it decides between experts whose scores are close. Of an FFN that is
+    held in float8, what is stored otherwise is quantised. Raises MissingTensorError, TensorShapeError, or
+    CorruptCheckpointError for what cannot be quantised, naming file and tensor.
     """
     names = registry.family(spec.architecture).names
     slots = weight_names.ffn_slots(spec, names, layer)
-    dtype = torch_dtype(spec.dtype)
-
-    def expert(part: ExpertSlots) -> ExpertWeights:
-        return ExpertWeights(*(checkpoint.tensor(slot, dtype) for slot in part.all()))
-
+    dtype, float8 = torch_dtype(spec.dtype), spec.layers[layer].ffn.float8
+    scales: dict[TensorSlot, torch.Tensor] = {}
+    if float8:
+        quantised = {slot: _load_float8(checkpoint, slot, dtype) for slot in slots.matrices()}
+        loaded = {slot: weight.numbers for slot, weight in quantised.items()}
+        scales = {slot: weight.scales for slot, weight in quantised.items()}
+    else:
+        loaded = {slot: checkpoint.tensor(slot, dtype) for slot in slots.matrices()}
+    experts, shared = _by_expert(slots, loaded)
+    expert_scales, shared_scales = _by_expert(slots, scales) if float8 else ((), None)
     return FfnWeights(
         router=None if slots.router is None else checkpoint.tensor(slots.router, dtype),
         selection_bias=(
             None if slots.selection_bias is None else checkpoint.tensor(slots.selection_bias, torch.float32)
         ),
-        experts=tuple(expert(part) for part in slots.experts),
-        shared=None if slots.shared is None else expert(slots.shared),
+        experts=experts,
+        shared=shared,
         mapped=all(
-            checkpoint.stored_as(slot, dtype) for slot in slots.all() if slot is not slots.selection_bias
+            checkpoint.is_float8(slot) if slot in loaded and float8 else checkpoint.stored_as(slot, dtype)
+            for slot in slots.all()
+            if slot is not slots.selection_bias
         ),
+        expert_scales=expert_scales,
+        shared_scales=shared_scales,
     )
+
+
+def _load_float8(checkpoint: Checkpoint, slot: TensorSlot, dtype: torch.dtype) -> Float8Weight:
+    if checkpoint.is_float8(slot):
+        return checkpoint.float8(slot)
+    try:
+        return quantise_fp8(checkpoint.tensor(slot, dtype))
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{checkpoint.folder}: {slot.name}: {error}") from error
+
+
+def _by_expert(
+    slots: FfnSlots, loaded: Mapping[TensorSlot, torch.Tensor]
+) -> tuple[tuple[ExpertWeights, ...], ExpertWeights | None]:
+    """Routed experts, and the shared ones."""
+
+    def expert(part: ExpertSlots) -> ExpertWeights:
+        return ExpertWeights(*(loaded[slot] for slot in part.all()))
+
+    shared = None if slots.shared is None else expert(slots.shared)
+    return tuple(expert(part) for part in slots.experts), shared
 
 
 def _tensors(

@@ -22,6 +22,7 @@ from crosspool.models.families import (
 )
 from crosspool.models.families.common import Family, model_spec
 from crosspool.models.public_config import PublicConfig, read_json
+from crosspool.models.quantisation import read_quantisation
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -43,23 +44,23 @@ def read_spec(path: str | Path, dtype: str = "auto", weights_dtype: str = "auto"
     """The geometry of the model in a folder, from config.json and, if there is one, generation_config.json.
 
     ``dtype`` "auto" is the one the config states (float32 where it states none, as the public config classes
-    have it); "float32", "bfloat16" or "float16" override it. ``weights_dtype`` "int8" quantises the large
-    matrices. Raises CorruptCheckpointError for a file that is missing or wrong, UnsupportedModelError for
-    what no family covers.
+    have it); "float32", "bfloat16" or "float16" override it. ``weights_dtype`` "int8" is for all large
+    matrices and "float8" for those of FFNs; with "auto" FFNs are float8 that are stored so. Raises
+    CorruptCheckpointError for a file that is missing or wrong, UnsupportedModelError for what no family
+    covers.
     """
     folder = Path(path)
     file = folder / "config.json"
     values = read_json(file)
     chosen = _family(file, values)
-    quantisation = values.get("quantization_config") or values.get("compression_config")
-    if quantisation:
-        method = (
-            quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        )
-        raise UnsupportedModelError(f"{file}: quantised checkpoints are not supported (method {method})")
     config = PublicConfig(file, values, chosen.defaults)
+    stored = read_quantisation(config)
     spec = model_spec(chosen, config, _dtype(config, dtype), _eos_token_ids(folder, config))
-    return replace(spec, int8_weights=weights_dtype == "int8")
+    if weights_dtype == "int8":
+        return replace(spec, int8_weights=True)
+    if weights_dtype == "float8":
+        return spec.with_float8(range(spec.num_layers))
+    return spec if stored is None else spec.with_float8(stored.layers(spec, chosen.names))
 
 
 def _family(file: Path, values: Mapping[str, Any]) -> Family:

@@ -59,8 +59,12 @@ class FfnSlots:
 
     def all(self) -> tuple[TensorSlot, ...]:
         single = tuple(slot for slot in (self.router, self.selection_bias) if slot is not None)
+        return single + self.matrices()
+
+    def matrices(self) -> tuple[TensorSlot, ...]:
+        """Of the experts and the shared ones."""
         experts = self.experts if self.shared is None else (*self.experts, self.shared)
-        return single + tuple(slot for expert in experts for slot in expert.all())
+        return tuple(slot for expert in experts for slot in expert.all())
 
 
 def all_slots(spec: ModelSpec, names: WeightNames) -> Iterator[TensorSlot]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from crosspool.core.spec import DType
+from crosspool.core.spec import FLOAT8_BLOCK, DType, FfnSpec
 from crosspool.kernels.interface import ExpertWeights
 
 _TORCH_DTYPES = {
@@ -107,6 +107,7 @@ class FfnWeights:
 
     ``router`` [E, H] and ``selection_bias`` float32 [E]; a dense FFN has no router and one expert.
     ``shared`` is the shared experts taken together. ``mapped``: every matrix is a view of the mapped file.
+    Matrices in float8 have scales: in place of a matrix [R, C] its blocks', float32 [R / 128, C / 128].
     """
 
     router: Tensor | None
@@ -114,37 +115,58 @@ class FfnWeights:
     experts: tuple[ExpertWeights, ...]
     shared: ExpertWeights | None
     mapped: bool
+    expert_scales: tuple[ExpertWeights, ...] = ()
+    shared_scales: ExpertWeights | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (tensor for tensor in (self.router, self.selection_bias) if tensor is not None)
-        for expert in self.experts:
+        for expert in (*self.experts, *self.expert_scales):
             yield from expert
-        if self.shared is not None:
-            yield from self.shared
+        for shared in (self.shared, self.shared_scales):
+            if shared is not None:
+                yield from shared
 
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
-def part_of(width: int, index: int, count: int) -> slice:
-    """Part ``index`` of ``count`` of so many intermediate elements."""
-    return slice(index * width // count, (index + 1) * width // count)
+def part_of(width: int, index: int, count: int, unit: int = 1) -> slice:
+    """Part ``index`` of ``count`` of so many intermediate elements, cut at multiples of ``unit``."""
+    units = -(-width // unit)
+    begin, end = (min(unit * (number * units // count), width) for number in (index, index + 1))
+    return slice(begin, end)
+
+
+def part_of_ffn(ffn: FfnSpec, index: int, count: int) -> FfnSpec:
+    """What shard ``index`` of ``count`` is of an FFN."""
+    unit = FLOAT8_BLOCK if ffn.float8 else 1
+
+    def columns(width: int) -> int:
+        return len(range(width)[part_of(width, index, count, unit)])
+
+    return replace(
+        ffn, intermediate=columns(ffn.intermediate), shared_intermediate=columns(ffn.shared_intermediate)
+    )
 
 
 def shard_ffn(weights: FfnWeights, index: int, count: int) -> FfnWeights:
     """Shard ``index`` of ``count``: a slice of every expert's intermediate dimension, as views.
 
-    Slices may differ in width by one, and be empty where there are fewer columns than shards. Every shard has
-    the router. The sum of all shards' results is the result of the whole.
+    Slices may differ in width by one, and be empty where there are fewer columns than shards. Those of float8
+    matrices are whole blocks, so that their numbers and scales are the same on every placement. Every shard
+    has the router. The sum of all shards' results is the result of the whole.
     """
+    unit = FLOAT8_BLOCK if weights.expert_scales else 1
 
-    def cut(expert: ExpertWeights) -> ExpertWeights:
-        part = part_of(expert.gate.shape[0], index, count)
+    def cut(expert: ExpertWeights, unit: int) -> ExpertWeights:
+        part = part_of(expert.gate.shape[0], index, count, unit)
         return ExpertWeights(expert.gate[part], expert.up[part], expert.down[:, part])
 
     return replace(
         weights,
-        experts=tuple(cut(expert) for expert in weights.experts),
-        shared=None if weights.shared is None else cut(weights.shared),
+        experts=tuple(cut(expert, unit) for expert in weights.experts),
+        shared=None if weights.shared is None else cut(weights.shared, unit),
+        expert_scales=tuple(cut(scales, 1) for scales in weights.expert_scales),
+        shared_scales=None if weights.shared_scales is None else cut(weights.shared_scales, 1),
     )

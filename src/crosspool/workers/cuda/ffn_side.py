@@ -9,7 +9,7 @@ from crosspool.kernels.triton.ffn import ffn
 from crosspool.kernels.triton.ffn_plan import FfnGeometry, FfnPlan, ffn_room, plan_ffn
 from crosspool.kernels.triton.router import Routing
 from crosspool.kernels.triton.tiles import Chip
-from crosspool.models.weights import part_of
+from crosspool.models.weights import part_of_ffn
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.room import META, Room
 
@@ -39,14 +39,14 @@ class FfnSidePass:
 
 
 def ffn_geometry(spec: FfnSpec, hidden: int, part: int, parts: int) -> FfnGeometry:
-    """Of one device's part of an FFN."""
-
-    def width(whole: int) -> int:
-        return len(range(whole)[part_of(whole, part, parts)])
-
+    """Of one device's part of an FFN. Raises ValueError if it has none."""
+    own = part_of_ffn(spec, part, parts)
+    if own.intermediate == 0:
+        kind = "float8 FFN, which is cut at its blocks of 128 columns," if spec.float8 else "FFN"
+        raise ValueError(f"part {part} of {parts} of a {kind} of {spec.intermediate} columns is empty")
     routing = None if spec.router is None else routing_of(spec.router)
     return FfnGeometry(
-        hidden, width(spec.intermediate), spec.activation, routing, width(spec.shared_intermediate)
+        hidden, own.intermediate, spec.activation, routing, own.shared_intermediate, spec.float8
     )
 
 

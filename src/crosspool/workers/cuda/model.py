@@ -16,6 +16,7 @@ from torch import Tensor
 from crosspool.core.errors import InvariantError
 from crosspool.core.kv_layout import KvLayout
 from crosspool.core.spec import ModelSpec
+from crosspool.kernels.interface import ExpertWeights
 from crosspool.kernels.triton import words
 from crosspool.models.layers import rope_frequencies
 from crosspool.models.weights import (
@@ -72,16 +73,20 @@ class DeviceModel:
         """A layer's FFN, of which ``weights`` is the whole, as far as the place has it."""
         shard = shard_ffn(weights, place.part, place.parts)
         arena = self._arenas[place.team]
-        gate_up = [matrix for expert in shard.experts for matrix in (expert.gate, expert.up)]
         own: dict[int, Tensor | None] = {
             words.ROUTER: None if shard.router is None else arena.put(shard.router),
             words.SELECTION_BIAS: None if shard.selection_bias is None else arena.put(shard.selection_bias),
-            words.GATE_UP: arena.stack(gate_up),
-            words.EXPERT_DOWN: arena.stack([expert.down for expert in shard.experts]),
         }
-        if shard.shared is not None:
-            own[words.SHARED_GATE_UP] = arena.stack([shard.shared.gate, shard.shared.up])
-            own[words.SHARED_DOWN] = arena.put(shard.shared.down)
+        stacks = [
+            (words.GATE_UP, words.EXPERT_DOWN, shard.experts),
+            (words.GATE_UP_SCALES, words.EXPERT_DOWN_SCALES, shard.expert_scales),
+            (words.SHARED_GATE_UP, words.SHARED_DOWN, _some(shard.shared)),
+            (words.SHARED_GATE_UP_SCALES, words.SHARED_DOWN_SCALES, _some(shard.shared_scales)),
+        ]
+        for gate_up, down, experts in stacks:
+            if experts:
+                own[gate_up] = arena.stack([matrix for it in experts for matrix in (it.gate, it.up)])
+                own[down] = arena.stack([it.down for it in experts])
         self._note(place.team, layer, own)
         self._present.add((layer, place.part))
 
@@ -109,6 +114,10 @@ class DeviceModel:
         for word, tensor in own.items():
             if tensor is not None:
                 self._host[team][layer, word] = tensor.data_ptr()
+
+
+def _some(expert: ExpertWeights | None) -> tuple[ExpertWeights, ...]:
+    return () if expert is None else (expert,)
 
 
 def _attention_words(own: AttentionLayerWeights, arena: WeightsArena) -> Words:
