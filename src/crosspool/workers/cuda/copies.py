@@ -120,11 +120,8 @@ class _Side:
         self._stream = device.stream(urgent=False)
         self._parts: list[_Part] = []
         self._pieces: deque[_Piece] = deque()
-        self._lost = False
 
     def add(self, part: _Part) -> None:
-        if self._lost:
-            part.flight.error = FAILED
         self._parts.append(part)
 
     def step(self) -> bool:
@@ -178,9 +175,9 @@ class _Side:
         part.put = min(part.put + PIECE, len(part.moves))
 
     def _fail(self, error: DeviceError) -> None:
-        """Nothing runs here any more: what was to be copied is lost, and whatever comes."""
+        """What was to be copied is lost. So is what comes: a device that has failed says so whenever it is
+        asked for something."""
         _log.error("pages of %s are copied no more: %s", self._device.name, error)
-        self._lost = True
         self._pieces.clear()
         for part in self._parts:
             part.queued = 0
