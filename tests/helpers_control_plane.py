@@ -17,7 +17,7 @@ from crosspool.build.control import assemble
 from crosspool.build.pool_plan import PoolPlan, choose_homes
 from crosspool.core.batch import Event, Grant, RetiredEvent, Row
 from crosspool.core.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from crosspool.core.copies import Direction, PageCopy
+from crosspool.core.copies import CopiedEvent, Direction, PageCopy
 from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import NULL_PAGE, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.in_flight import LayerTask
@@ -115,7 +115,7 @@ class ShadowModel:
 
 
 class FailingExecutor(SimExecutor):
-    """Makes some grants fail at their end, as a layer task that raises would."""
+    """Makes some grants and copies fail at their end, as a layer task that raises would."""
 
     def __init__(self, *args: object, fails: Callable[[], bool], **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -137,6 +137,9 @@ class FailingExecutor(SimExecutor):
             if isinstance(event, RetiredEvent) and self._fails():
                 self.failures += 1
                 events[index] = RetiredEvent(event.grant, event.layer_times, "the layer failed")
+            if isinstance(event, CopiedEvent) and self._fails():
+                self.failures += 1
+                events[index] = event._replace(time=Nanoseconds(0), error="the copy failed")
         return events
 
 

@@ -13,6 +13,7 @@ from crosspool.backends.device import Device
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.topology import Topology
 from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.cuda.copies import HostPages, PageCopier
 from crosspool.workers.cuda.executor import CudaExecutor
 from crosspool.workers.cuda.feeder import Feeder, route_of
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan
@@ -20,10 +21,11 @@ from crosspool.workers.cuda.model import DeviceModel, FfnPlace
 from crosspool.workers.cuda.weights import WeightsArena
 from helpers_devices import InterpretedDevice
 from helpers_triton import INTERPRETED
-from helpers_workers import Rig, TinyModel
+from helpers_workers import PAGE_BYTES, Rig, TinyModel
 
 LIMITS = GrantLimits(decode_rows=4, prefill_rows=4, prefill_tokens=64, steps=64, sequences=16)
 ARENA_BYTES = 1 << 22
+HOST_PAGES = 40
 
 
 def make_device(name: str) -> Device:
@@ -76,7 +78,13 @@ class CudaRig(Rig):
             arena = self.arena[pages.start : pages.stop]
             homes.append(Home(plan, arena, pages.start, own))
         feeder = Feeder(topology, homes, models, LIMITS, MonotonicClock())
-        return CudaExecutor(feeder, self.devices, pause=1e-3)
+        kv = [self.devices[topology.attention_team(device)] for device in self.places.devices]
+        arenas = [
+            self.arena[pages.start : pages.stop] for pages in map(self.places.pages_of, self.places.devices)
+        ]
+        host = HostPages(kv[0], HOST_PAGES, PAGE_BYTES)
+        copier = PageCopier(self.places, kv, arenas, host)
+        return CudaExecutor(feeder, copier, self.devices, pause=1e-3)
 
 
 @contextmanager

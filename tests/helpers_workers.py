@@ -13,8 +13,9 @@ import torch
 
 from crosspool.backends.factory import make_backends
 from crosspool.core.batch import Event, Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
+from crosspool.core.copies import CopiedEvent
 from crosspool.core.device_pages import DevicePages
-from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
+from crosspool.core.ids import CopyId, GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.kv_layout import KvLayout, make_layout
 from crosspool.core.protocols import Executor
 from crosspool.core.sampling import SamplingParams
@@ -133,6 +134,7 @@ class Rig:
             random.Random(device).shuffle(pages)
         self.sequences: dict[RequestId, HandMade] = {}
         self.retired: dict[GrantId, RetiredEvent] = {}
+        self.copied: dict[CopyId, CopiedEvent] = {}
         self._rows: dict[GrantId, list[tuple[HandMade, int]]] = {}
 
     def _make(self, topology: Topology, resident: bool, threads: int, tasks: int | None) -> Executor:
@@ -251,6 +253,9 @@ class Rig:
                 assert event.grant not in self.retired, "a token came after its grant retired"
                 sequence.output.append(event.token)
                 sequence.events.append(event)
+            elif isinstance(event, CopiedEvent):
+                assert event.copy not in self.copied, "a copy was over twice"
+                self.copied[event.copy] = event
             else:
                 assert event.grant not in self.retired, "a grant retired twice"
                 self.retired[event.grant] = event

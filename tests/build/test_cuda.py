@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from crosspool.build import cuda
+from crosspool.build.cuda import CudaMachine
+from crosspool.build.pool_plan import PoolPlan
 from crosspool.build.runtime import build_engine
 from crosspool.core.config import (
     EngineConfig,
@@ -20,18 +23,24 @@ from crosspool.core.config import (
     SchedulerConfig,
     WeightsMemory,
 )
+from crosspool.core.copies import Direction
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
+from crosspool.core.info import LoadProgress
 from crosspool.core.request import Request
 from crosspool.core.sampling import SamplingParams
+from crosspool.costs.copies import CopyCosts
 from crosspool.engine.engine import Engine
+from crosspool.models.registry import read_spec
 from helpers_devices import InterpretedDevice
 from helpers_models import PagedModel, random_model, save_model
+from helpers_spill import Told, spill_always
 from helpers_triton_gates import needs_interpreter
 
 pytestmark = [pytest.mark.integration, needs_interpreter]
 
 PROMPT, COUNT = [5, 17, 3, 44], 3
+PAGE = 8192
 SMALL = SchedulerConfig(
     max_batch_rows=2, max_prefill_rows=2, chunk_quantum=16, max_chunk_tokens=16, max_running=4
 )
@@ -129,6 +138,31 @@ def test_an_engine_says_what_its_models_say(folders, cards, placement):
         assert 0 < engine.info.kv_pool_bytes < left
 
 
+def test_who_was_spilled_and_came_back_says_what_the_model_says(folders, cards):
+    """Of four pages each of two requests has two, when the earlier one needs its third."""
+    prompts = [[(7 * i + 5 * number) % 61 for i in range(length)] for number, length in enumerate((15, 16))]
+    wanted, model, count = {}, PagedModel(folders["dense"]), 20
+    for number, prompt in enumerate(prompts):
+        first = int(model.prefill(str(number), prompt)[-1].argmax())
+        wanted[RequestId(number)] = model.greedy(str(number), first, count)[0]
+    pools = PoolConfig(kv_pool_bytes=2 * PAGE, page_bytes=PAGE // 2, spill_bytes=2 * PAGE)
+    scheduler = replace(SMALL, decode_steps=2, outgrowth_risk=1.0, tbt_target=Nanoseconds(10**12))
+    params = SamplingParams(temperature=0, logprobs=1, max_tokens=count)
+    requests = [
+        Request(RequestId(n), ModelIndex(0), tuple(prompt), params, count, 0, frozenset(), Nanoseconds(0))
+        for n, prompt in enumerate(prompts)
+    ]
+    with built(config_of({"dense": folders["dense"]}, pools, scheduler=scheduler)) as engine:
+        spill_always(engine)
+        told = Told(engine, requests)
+        said = {own: [token for token, _ in made] for own, made in told.run().items()}
+        assert said == wanted
+        out, back = (told.copied(direction) for direction in Direction)
+        assert len(out) == len(back) > 0
+        costs = engine._scheduler.spilling._costs
+        assert all(ratio.samples > 0 for ratio in costs._ratios.values()), "bandwidths were not learnt"
+
+
 def test_what_gpus_cannot_do_is_refused(folders, cards):
     with pytest.raises(ConfigError, match="the reference kernels run on CPU devices only"):
         build_engine(config_of(folders, kernels=Kernels.REFERENCE))
@@ -151,6 +185,50 @@ def test_what_does_not_fit_is_refused_in_bytes(folders, cards, monkeypatch):
         build_engine(config_of(folders, PoolConfig(device_bytes=1 << 16)))
     with pytest.raises(OutOfMemoryError, match="the pools do not fit"):
         build_engine(config_of(folders, PoolConfig(kv_pool_bytes=1 << 24)))
+
+
+def planned(folders, pools: PoolConfig, free: int, monkeypatch) -> PoolPlan:
+    """Where so much host memory is free."""
+    monkeypatch.setattr(cuda, "free_bytes", lambda: free)
+    config = config_of(folders, pools)
+    specs = {ModelIndex(index): read_spec(model.path) for index, model in enumerate(config.models)}
+    return CudaMachine(config).plan(specs)
+
+
+def test_the_spill_store_is_in_host_memory_and_as_large_as_the_kv_pool(folders, cards, monkeypatch):
+    pages = 16
+    pool = PoolConfig(kv_pool_bytes=pages * PAGE, page_bytes=PAGE)
+
+    def spill_pages(free: int, asked: int | None = None) -> int:
+        return planned(folders, replace(pool, spill_bytes=asked), free, monkeypatch).spill_pages
+
+    assert spill_pages(1 << 40) == pages
+    assert [spill_pages(4 * left * PAGE) for left in (16, 15, 1, 0)] == [16, 15, 1, 0]
+    asked = (0, PAGE - 1, 17 * PAGE, 100 * PAGE)
+    assert [spill_pages(100 * PAGE, size) for size in asked] == [0, 0, 17, 100]
+    with pytest.raises(OutOfMemoryError, match="a spill store in pinned host memory") as error:
+        spill_pages(100 * PAGE, 101 * PAGE)
+    assert (error.value.needed, error.value.free) == (101 * PAGE, 100 * PAGE)
+    monkeypatch.setattr(cuda, "MOST_SPILL_BYTES", 3 * PAGE)
+    assert (spill_pages(1 << 40), spill_pages(1 << 40, 9 * PAGE)) == (3, 9)
+
+
+def test_a_store_that_cannot_be_pinned_is_refused_before_anything_is_loaded(folders, cards, monkeypatch):
+    def pinned(self, shape, dtype):
+        raise OutOfMemoryError("pinned", needed=torch.Size(shape).numel(), free=7)
+
+    monkeypatch.setattr(Card, "pinned", pinned)
+    loaded: list[LoadProgress] = []
+    pools = PoolConfig(kv_pool_bytes=16 * PAGE, page_bytes=PAGE, spill_bytes=5 * PAGE)
+    with pytest.raises(OutOfMemoryError, match="a spill store of 5 pages in pinned host memory") as error:
+        build_engine(config_of(folders, pools), loaded.append)
+    assert (error.value.needed, error.value.free, loaded) == (5 * PAGE, 7, [])
+
+
+def test_copies_are_first_guessed_at_the_speed_of_a_link(folders, cards):
+    costs = CopyCosts(CudaMachine(config_of(folders)).profile)
+    for direction in Direction:
+        assert costs.time(direction, 25 << 30) == pytest.approx(1.07e9, rel=0.01)
 
 
 def test_arenas_are_large_enough_and_hardly_larger(folders, cards, monkeypatch):

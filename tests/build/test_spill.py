@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import MistralConfig
 
 from crosspool.build.runtime import build_engine
 from crosspool.core.config import EngineConfig, Kernels, ModelConfig, PoolConfig, SchedulerConfig
-from crosspool.core.copies import Direction, PageCopy
+from crosspool.core.copies import Direction
 from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
 from crosspool.core.request import FinishReason, Request
 from crosspool.core.sampling import SamplingParams
@@ -19,6 +19,7 @@ from crosspool.engine.engine import Engine
 from crosspool.scheduler.sequence import State
 from helpers_long_models import CONFIGS
 from helpers_models import random_model, save_model
+from helpers_spill import Told, spill_always
 
 pytestmark = pytest.mark.integration
 
@@ -87,47 +88,13 @@ def build(folders) -> Iterator[object]:
             **how,
         )
         engine = build_engine(config)
-        engine._scheduler.spilling._costs.time = lambda direction, size: 0
+        spill_always(engine)
         engines.append(engine)
         return engine
 
     yield make
     for engine in engines:
         engine.close()
-
-
-class Told:
-    """What an engine says of its requests, and which copies it makes."""
-
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self.engine = engine
-        self.outputs: dict[RequestId, list[object]] = {own.id: [] for own in requests}
-        self.finished: dict[RequestId, FinishReason] = {}
-        self.copies: list[PageCopy] = []
-        copy = engine._executor.copy
-        engine._executor.copy = lambda each: (self.copies.append(each), copy(each))[0]
-        for own in requests:
-            engine.add(own)
-
-    def steps(self) -> Iterator[None]:
-        while self.engine.has_work():
-            self.engine.wait(10.0)
-            for output in self.engine.step():
-                self.outputs[output.request] += zip(output.token_ids, output.logprobs, strict=True)
-                if output.finish_reason is not None:
-                    self.finished[output.request] = output.finish_reason
-            self.engine.check()
-            yield
-
-    def run(self) -> dict[RequestId, list[object]]:
-        for _ in self.steps():
-            pass
-        stats = self.engine.stats()
-        assert stats.kv_pages_held == 0 and stats.spill_used_bytes == 0
-        return self.outputs
-
-    def copied(self, direction: Direction) -> list[PageCopy]:
-        return [copy for copy in self.copies if copy.direction is direction]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from crosspool.core.batch import Grant
+from crosspool.core.batch import Event, Grant
 from crosspool.core.config import SchedulerConfig
-from crosspool.core.copies import Direction, PageCopy
+from crosspool.core.copies import CopiedEvent, Direction, PageCopy
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import Nanoseconds, RequestId
 from crosspool.core.info import ModelStats
-from crosspool.core.request import FinishReason
+from crosspool.core.request import EngineOutput, FinishReason
 from crosspool.costs.layer import HardwareProfile
 from crosspool.pools.quotas import Quota
 from crosspool.scheduler.sequence import State, Wait
@@ -204,6 +204,39 @@ def test_who_ends_gives_back_the_store(state: State, finish: bool) -> None:
     assert world.outputs[FIRST] == world.expected(world.requests[FIRST])
     assert world.engine.stats().spill_used_bytes == 0 == world.engine.stats().kv_pages_held
     assert stats_of(world).returned_sequences == 0
+
+
+@pytest.mark.parametrize(("copy", "state"), [(0, State.SPILLING), (1, State.RETURNING)])
+def test_a_copy_that_fails_ends_its_request_alone(copy: int, state: State) -> None:
+    """Whatever is in pages and store then, nobody goes on with it."""
+    world = crowded(prefix_cache=False)
+    poll = world.executor.poll
+
+    def failing() -> list[Event]:
+        events = poll()
+        return [
+            event._replace(time=Nanoseconds(0), error="the device is gone")
+            if isinstance(event, CopiedEvent) and event.copy == copy
+            else event
+            for event in events
+        ]
+
+    world.executor.poll = failing  # type: ignore[method-assign]
+    run_until(world, SECOND, State.SPILLING)
+    run_until(world, SECOND, state)
+    said: list[EngineOutput] = []
+    while world.state(SECOND) is not None:
+        world.executor.advance()
+        said += world.step()
+        world.engine.check()
+    assert world.finished[SECOND] is FinishReason.ERROR
+    assert said[-1].error == "the device is gone"
+    world.run()
+    world.engine.check()
+    assert world.outputs[FIRST] == world.expected(world.requests[FIRST])
+    assert world.outputs[SECOND] == world.expected(world.requests[SECOND])[: len(world.outputs[SECOND])]
+    assert world.engine.stats().spill_used_bytes == 0 == world.engine.stats().kv_pages_held
+    assert (stats_of(world).spilled_sequences, stats_of(world).returned_sequences) == (copy, 0)
 
 
 def test_a_spilled_sequence_claims_nothing_of_its_models_share() -> None:

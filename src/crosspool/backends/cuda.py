@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from crosspool.backends import host_memory
 from crosspool.core.errors import ConfigError, DeviceError, InvariantError, OutOfMemoryError
 from crosspool.kernels.triton.chip import shared_bytes
 from crosspool.kernels.triton.tiles import Chip
@@ -123,7 +124,8 @@ class CudaDevice:
             return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
         except RuntimeError as error:
             needed = prod(shape) * dtype.itemsize
-            raise OutOfMemoryError(f"pinned host memory for {self.name}", needed=needed, free=0) from error
+            what, free = f"pinned host memory for {self.name}", host_memory.free_bytes()
+            raise OutOfMemoryError(what, needed=needed, free=free) from error
 
     def stream(self, *, urgent: bool) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._index, priority=URGENT if urgent else PATIENT)

@@ -69,7 +69,8 @@ class Device(Protocol):
         ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Host memory, all zero, that the device reads and writes at the same address."""
+        """Host memory, all zero, that the device reads and writes at the same address, and all other devices
+        likewise. Raises OutOfMemoryError."""
         ...
 
     def stream(self, *, urgent: bool) -> Stream:

@@ -10,6 +10,7 @@ import torch
 from crosspool.backends.cuda import CudaDevice
 from crosspool.backends.device import Device
 from crosspool.backends.factory import make_cuda_devices
+from crosspool.backends.host_memory import free_bytes
 from crosspool.build.pool_plan import PoolPlan, choose_homes, plan_pools, weights_on_devices
 from crosspool.build.workers import Compiling, Specs
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
@@ -22,6 +23,7 @@ from crosspool.core.topology import Sharding, Topology
 from crosspool.costs.layer import HardwareProfile
 from crosspool.models.weights import AttentionSideWeights, FfnWeights, part_of_ffn
 from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.cuda.copies import HostPages, PageCopier
 from crosspool.workers.cuda.executor import CudaExecutor
 from crosspool.workers.cuda.feeder import Feeder, route_of
 from crosspool.workers.cuda.geometry import Geometry
@@ -33,13 +35,21 @@ from crosspool.workers.cuda.weights import WeightsArena
 USABLE = 0.95
 """Of a GPU's free memory. The rest is for compiled code, recorded graphs and what CUDA itself takes."""
 
+MOST_SPILL_BYTES = 32 << 30
+"""Of the spill store, unless its size is given: pinned memory is taken as a whole at the start, and is nobody
+else's until the end."""
+
 
 class CudaMachine:
     """The GPUs of a configuration."""
 
     profile = HardwareProfile(
-        operations_per_second=3e14, bytes_per_second=2e12, task_overhead=Nanoseconds(10_000)
+        operations_per_second=3e14,
+        bytes_per_second=2e12,
+        task_overhead=Nanoseconds(10_000),
+        copy_bytes_per_second=25e9,
     )
+    """Copies as over PCIe 4, the slowest link of GPUs that are supported; both directions are alike."""
 
     def __init__(self, config: EngineConfig) -> None:
         _check(config)
@@ -51,7 +61,8 @@ class CudaMachine:
 
     def plan(self, specs: Specs) -> PoolPlan:
         """With device_bytes, each device has so much; otherwise an equal part of what its GPU has free. Lanes
-        and grants come first, then weights, and KV gets what is left, unless its size is given."""
+        and grants come first, then weights, and KV gets what is left, unless its size is given. The spill
+        store is in host memory."""
         config, pools = self._config, replace(self._config.pools, spill_bytes=0)
         shares = [_share(device, self._devices) for device in self._devices]
         for device, share in zip(self._devices, shares, strict=True):
@@ -67,7 +78,8 @@ class CudaMachine:
             raise OutOfMemoryError(f"lanes and grants on {name}", needed=besides[worst], free=sizes[worst])
         if pools.kv_pool_bytes is None:
             pools = replace(pools, device_bytes=left)
-        return plan_pools(replace(config, pools=pools), specs, left * len(sizes))
+        plan = plan_pools(replace(config, pools=pools), specs, left * len(sizes))
+        return _with_spill_store(plan, config.pools.spill_bytes, free_bytes())
 
     def workers(self, plan: PoolPlan, specs: Specs) -> CudaWorkers:
         return CudaWorkers(self._config, self._devices, plan, specs)
@@ -77,8 +89,6 @@ def _check(config: EngineConfig) -> None:
     """Raises ConfigError for what GPUs cannot do in this version."""
     if config.kernels is Kernels.REFERENCE:
         raise ConfigError("the reference kernels run on CPU devices only")
-    if config.pools.spill_bytes:
-        raise ConfigError(f"spill_bytes {config.pools.spill_bytes:,} is for CPU devices in this version")
     if config.pools.weights_memory is not WeightsMemory.MAPPED:
         raise ConfigError(f"weights_memory {config.pools.weights_memory} is about CPU devices")
     for model in config.models:
@@ -94,6 +104,14 @@ def _check(config: EngineConfig) -> None:
 def _share(device: CudaDevice, devices: tuple[CudaDevice, ...]) -> int:
     """Bytes that a device may use, of which there may be several on its GPU."""
     return int(device.free_bytes * USABLE) // sum(other.physical == device.physical for other in devices)
+
+
+def _with_spill_store(plan: PoolPlan, asked: int | None, free: int) -> PoolPlan:
+    """``free`` is of host memory. Raises OutOfMemoryError if more is asked for."""
+    size = min(plan.kv_pool_bytes, free // 4, MOST_SPILL_BYTES) if asked is None else asked
+    if size > free:
+        raise OutOfMemoryError("a spill store in pinned host memory", needed=size, free=free)
+    return replace(plan, spill_pages=size // plan.page_bytes)
 
 
 def weights_bytes(spec: ModelSpec, topology: Topology, home: KvDevice) -> list[int]:
@@ -166,6 +184,7 @@ class CudaWorkers:
             )
             for home in plan.places.devices
         ]
+        self._host = HostPages(devices[0], plan.spill_pages, plan.page_bytes)
         self._arenas = {}
         for team, device in enumerate(devices):
             sizes = [
@@ -215,4 +234,6 @@ class CudaWorkers:
             first_page = plan.places.starts[home]
             homes.append(Home(own, self._kv[home], first_page, models, compiling))
         feeder = Feeder(topology, homes, self._models, own.limits, MonotonicClock())
-        return CudaExecutor(feeder, self._devices)
+        kv = [self._devices[topology.attention_team(home)] for home in plan.places.devices]
+        copier = PageCopier(plan.places, kv, self._kv, self._host)
+        return CudaExecutor(feeder, copier, self._devices)

@@ -83,7 +83,8 @@ class PoolConfig:
     was computed stays in pages that nobody needs, for prompts that begin with the same tokens.
 
     ``spill_bytes`` of host memory are for pages of preempted sequences, 0 for none. None: as much as the KV
-    pool, but no more than a quarter of the memory that the weights and the KV pool leave free.
+    pool, but no more than a quarter of the memory that the weights and the KV pool leave free, and with GPUs
+    no more than 32 GiB.
     """
 
     kv_pool_bytes: int | None = None

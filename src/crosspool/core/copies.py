@@ -34,7 +34,9 @@ class PageCopy:
 
 class CopiedEvent(NamedTuple):
     """A copy is over: the executor does not touch its pages and host pages any more. All is copied, unless
-    the request was cancelled. ``time`` is what the copy itself took, for calibration; 0 if it was dropped."""
+    the request was cancelled, or ``error`` says why not. ``time`` is what the copy itself took, for
+    calibration; 0 if it was dropped or failed."""
 
     copy: CopyId
     time: Nanoseconds
+    error: str | None = None

@@ -191,7 +191,8 @@ class Engine:
                 self._retire(event)
             elif isinstance(event, CopiedEvent):
                 self._undecided = True
-                self._scheduler.copied(event)
+                if (request := self._scheduler.copied(event)) is not None:
+                    self._say_ended(request, FinishReason.ERROR, event.error)
             elif (sequence := self._scheduler.take_token(event, now)) is not None:
                 self._count(event, sequence)
                 if not event.delivered:

@@ -190,9 +190,13 @@ class Scheduler:
                 self._forget(sequence)
         return failed
 
-    def copied(self, event: CopiedEvent) -> None:
-        """A sequence's pages have been copied to host memory, or back."""
-        sequence = self._spilling.copied(event)
+    def copied(self, event: CopiedEvent) -> Request | None:
+        """A sequence's pages have been copied to host memory, or back. Returns the request if it ends because
+        that failed."""
+        sequence, failed = self._spilling.copied(event), None
+        if event.error is not None and sequence.finish is None:
+            failed, sequence.finish = sequence.request, FinishReason.ERROR
+            sequence.move(State.DRAINING)
         if sequence.finish is not None:
             self._forget(sequence)
         elif sequence.state is State.SPILLING:
@@ -202,6 +206,7 @@ class Scheduler:
                 self._admission.retry()
             decodes = sequence.output and sequence.pending == 1
             sequence.move(State.DECODING if decodes else State.PREFILLING)
+        return failed
 
     def _advance(self, sequence: Sequence, row: Row) -> None:
         """Count what the row computed: its inputs, and each token it made but the last.

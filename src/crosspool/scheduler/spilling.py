@@ -77,10 +77,10 @@ class Spilling:
 
     def copied(self, event: CopiedEvent) -> Sequence:
         """A copy is over. Returns its sequence, whose state has yet to change. What was brought back counts
-        as computed, and is no longer in the store."""
+        as computed, and is no longer in the store, unless the copy has failed."""
         copy, sequence = self._in_flight.pop(event.copy)
         sequence.copy = None
-        if sequence.finish is not None:
+        if sequence.finish is not None or event.error is not None:
             return sequence
         self._costs.learn(copy.direction, copy.size, event.time)
         key = (sequence.request.model, copy.direction)

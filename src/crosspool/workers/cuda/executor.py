@@ -1,7 +1,8 @@
 """core.protocols.Executor over devices with streams.
 
-The engine's thread lays grants out and reads events. One more thread feeds the devices (feeder.py). Tokens,
-stop checks and next inputs need neither: see kernels/triton/pass_end.py.
+The engine's thread lays grants out and reads events. One more thread feeds the devices, with grants
+(feeder.py) and copies of pages (copies.py). Tokens, stop checks and next inputs need neither: see
+kernels/triton/pass_end.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from crosspool.core.batch import Event, Grant
 from crosspool.core.copies import PageCopy
 from crosspool.core.errors import InvariantError
 from crosspool.core.ids import GrantId, RequestId
+from crosspool.workers.cuda.copies import PageCopier
 from crosspool.workers.cuda.feeder import Feeder
 
 _log = logging.getLogger(__name__)
@@ -24,10 +26,14 @@ PAUSE = 20e-6
 
 
 class CudaExecutor:
-    """``feeder`` has everything that serving needs: on the ``devices`` nothing is allocated from now on."""
+    """``feeder`` and ``copier`` have everything that serving needs: on the ``devices`` nothing is allocated
+    from now on."""
 
-    def __init__(self, feeder: Feeder, devices: Sequence[Device], *, pause: float = PAUSE) -> None:
+    def __init__(
+        self, feeder: Feeder, copier: PageCopier, devices: Sequence[Device], *, pause: float = PAUSE
+    ) -> None:
         self._feeder = feeder
+        self._copier = copier
         self._devices = devices
         self._pause = pause
         self._lock = threading.Lock()
@@ -50,11 +56,16 @@ class CudaExecutor:
     def cancel(self, request: RequestId) -> None:
         with self._lock:
             self._feeder.cancel(request)
+            self._copier.cancel(request)
             self._work.notify()
 
     def copy(self, copy: PageCopy) -> None:
-        """There is no spill store. Raises InvariantError."""
-        raise InvariantError(f"copy {copy.id} has nowhere to go: GPUs have no spill store")
+        """Raises InvariantError for one that the spill store has no such pages for."""
+        with self._lock:
+            if self._closed:
+                raise InvariantError(f"copy {copy.id} was submitted to an executor that is closed")
+            self._copier.copy(copy)
+            self._work.notify()
 
     def recall(self, grant: GrantId) -> None:
         with self._lock:
@@ -68,7 +79,7 @@ class CudaExecutor:
     def poll(self) -> list[Event]:
         """Raises InvariantError if nothing can be relied on any more; what ended before that comes first."""
         with self._lock:
-            events = self._feeder.take_events()
+            events = [*self._feeder.take_events(), *self._copier.take()]
             if self._broken is not None and not events:
                 raise InvariantError("the devices are no longer fed") from self._broken
             return events
@@ -96,16 +107,18 @@ class CudaExecutor:
                 device.check_sealed()
 
     def _has_news(self) -> bool:
-        return self._feeder.told or self._woken or self._closed or self._broken is not None
+        told = self._feeder.told or self._copier.told
+        return told or self._woken or self._closed or self._broken is not None
 
     def _run(self) -> None:
         try:
             while self._await_work():
                 with self._lock:
                     busy = self._feeder.step()
+                    busy |= self._copier.step()
                     if self._feeder.broken is not None:
                         raise self._feeder.broken
-                    if self._feeder.told:
+                    if self._feeder.told or self._copier.told:
                         self._news.notify_all()
                     if not busy:
                         self._work.wait(self._pause)
@@ -118,5 +131,5 @@ class CudaExecutor:
     def _await_work(self) -> bool:
         """Block while nothing is in flight. False once the executor is closed."""
         with self._lock:
-            self._work.wait_for(lambda: self._closed or not self._feeder.idle)
+            self._work.wait_for(lambda: self._closed or not (self._feeder.idle and self._copier.idle))
             return not self._closed
