@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosspool.kernels.triton.ffn_plan import Contraction, FfnPlan, FfnRoom
+from crosspool.kernels.triton.ffn_plan import FfnPlan, FfnRoom
 from crosspool.kernels.triton.pairs import BLOCK_FIELDS
 from crosspool.kernels.triton.product import (
     expert_at,
@@ -42,16 +42,11 @@ COMBINED = 512
 """Columns that a program combines."""
 
 
-def programs_of_tile(contraction: Contraction) -> int:
-    """Programs for each tile of products."""
-    return contraction.parts.number if contraction.spread else 1
-
-
 def contract(plan: FfnPlan, lane: Tensor, layer: int, room: FfnRoom) -> None:
     """The room's activations to its products."""
     tile = plan.tile
     tiles = triton.cdiv(plan.geometry.hidden, tile.outputs)
-    common, routed = plan.token_tiles * programs_of_tile(plan.common), plan.blocks * programs_of_tile(plan.routed)
+    common, routed = plan.token_tiles * plan.common.programs, plan.blocks * plan.routed.programs
     _contract[((common + routed) * tiles,)](
         lane,
         layer,
@@ -65,12 +60,12 @@ def contract(plan: FfnPlan, lane: Tensor, layer: int, room: FfnRoom) -> None:
         HIDDEN=plan.geometry.hidden,
         TOP_K=plan.top_k,
         WIDTH=plan.width,
-        PARTS=programs_of_tile(plan.routed),
+        PARTS=plan.routed.programs,
         LENGTH=plan.routed.parts.length,
         COMMON_WIDTH=plan.common_width,
         COMMON=SHARED_DOWN if plan.top_k else EXPERT_DOWN,
         COMMON_SCALES=SHARED_DOWN_SCALES if plan.top_k else EXPERT_DOWN_SCALES,
-        COMMON_PARTS=programs_of_tile(plan.common),
+        COMMON_PARTS=plan.common.programs,
         COMMON_LENGTH=plan.common.parts.length,
         STORED=plan.stored,
         TILE=tile.outputs,
@@ -94,8 +89,8 @@ def combine(plan: FfnPlan, lane: Tensor, room: FfnRoom, out: Tensor) -> None:
         plan.capacity,
         HIDDEN=hidden,
         TOP_K=plan.top_k,
-        PARTS=programs_of_tile(plan.routed),
-        COMMON_PARTS=programs_of_tile(plan.common) if plan.common_width else 0,
+        PARTS=plan.routed.programs,
+        COMMON_PARTS=plan.common.programs if plan.common_width else 0,
         COLUMNS=columns,
         num_warps=2,
     )

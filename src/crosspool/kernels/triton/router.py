@@ -58,7 +58,9 @@ def check_routing(routing: Routing) -> None:
         raise ValueError(f"top {routing.top_k} of {experts} experts, {top_groups} of {groups} groups")
 
 
-def plan_router(routing: Routing, hidden: int, capacity: int, dtype: torch.dtype, chip: Chip) -> tuple[Tile, Parts]:
+def plan_router(
+    routing: Routing, hidden: int, capacity: int, dtype: torch.dtype, chip: Chip
+) -> tuple[Tile, Parts]:
     length = triton.cdiv(hidden, MOST_PARTS * SCALED) * SCALED
     tile = tile_for(min(capacity, 32), dtype, chip)
     return tile, Parts(triton.cdiv(hidden, length), length)
@@ -93,8 +95,6 @@ def route(
         triton.cdiv(routing.experts, tile.outputs),
         triton.cdiv(capacity, tile.tokens),
     )
-    group_columns = triton.next_power_of_2(routing.experts // routing.groups)
-    columns = triton.next_power_of_2(routing.groups) * group_columns
     _route[(expert_tiles * token_tiles * parts.number,)](
         lane,
         layer,
@@ -105,18 +105,7 @@ def route(
         room.arrivals,
         capacity,
         HIDDEN=hidden,
-        EXPERTS=routing.experts,
-        TOP_K=routing.top_k,
-        SIGMOID=SIGMOID[routing.scoring],
-        NORMALISE=routing.normalise,
-        SCALE=routing.scale,
-        GROUPS=routing.groups,
-        TOP_GROUPS=routing.top_groups,
-        BEST_OF_GROUP=EXPERTS_THAT_RANK[routing.group_score],
-        BIASED=routing.biased,
-        GROUP_COLUMNS=group_columns,
-        COLUMNS=columns,
-        CHOOSING=min(max(CHOOSING // columns, 1), tile.tokens),
+        **routing_arguments(routing, tile),
         PARTS=parts.number,
         LENGTH=parts.length,
         TILE=tile.outputs,
@@ -125,6 +114,26 @@ def route(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def routing_arguments(routing: Routing, tile: Tile) -> dict[str, int | float]:
+    """What ``choose`` has to know of the rules, and how many of a tile's tokens it looks at together."""
+    group_columns = triton.next_power_of_2(routing.experts // routing.groups)
+    columns = triton.next_power_of_2(routing.groups) * group_columns
+    return {
+        "EXPERTS": routing.experts,
+        "TOP_K": routing.top_k,
+        "SIGMOID": SIGMOID[routing.scoring],
+        "NORMALISE": routing.normalise,
+        "SCALE": routing.scale,
+        "GROUPS": routing.groups,
+        "TOP_GROUPS": routing.top_groups,
+        "BEST_OF_GROUP": EXPERTS_THAT_RANK[routing.group_score],
+        "BIASED": routing.biased,
+        "GROUP_COLUMNS": group_columns,
+        "COLUMNS": columns,
+        "CHOOSING": min(max(CHOOSING // columns, 1), tile.tokens),
+    }
 
 
 @triton.jit(do_not_specialize=["layer", "capacity"])
