@@ -15,8 +15,9 @@ import torch
 from crosspool.core.spec import ModelSpec
 from crosspool.workers.cuda.ffn_side import FfnSidePass
 from gpu.device import Gpu
+from gpu.ffn_resident import RESIDENT_ROWS, resident_figures
 from gpu.models import LoadedModel, in_room, spec_of, write_config
-from gpu.results import Case, Figure
+from gpu.results import Case, Figure, NotMeasured
 
 TARGETS = {1: 0.65, 8: 0.80, 32: 0.85}
 """Share of a copy's bandwidth, by rows."""
@@ -88,4 +89,12 @@ def cases(gpu: Gpu) -> list[Case]:
             *gpu.bandwidth_figures("graph, a layer", read / number, graph, TARGETS[count]),
         ]
 
-    return [Case(f"{count} rows", partial(rows, count), 90) for count in TARGETS]
+    def resident(count: int) -> list[Figure]:
+        if gpu.interpreted:
+            raise NotMeasured("interpreted programs run one after another: they would not meet")
+        return resident_figures(gpu, Layers(gpu, loaded(), count))
+
+    return [
+        *(Case(f"{count} rows", partial(rows, count), 90) for count in TARGETS),
+        *(Case(f"{count} rows, resident", partial(resident, count), 90) for count in RESIDENT_ROWS),
+    ]

@@ -2,8 +2,8 @@
 
 Whoever asks draws a ticket, fills the slot of that number, and publishes it. All programs of the kernel take
 one entry after another, each does its share, and each counts itself in the slot's RETIRED. Only when all have
-is the entry done, and only then may its slot be filled again: so the counter is the slot's own. A counter of
-all that was retired would be reached by others' entries, and a slow program's slot filled under its hands.
+is the entry done, and only then may its slot be filled again. The counter is the slot's own: one of all that
+was retired is reached by others' entries, while a slow program has not done its share.
 All counters only ever grow, so that nobody has to set them back, and are of 64 bits.
 
 The kernel ends when nobody has asked for ``patience`` looks. Programs must agree on when that is: so the end

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from crosspool.kernels.triton import ffn_queue
+from crosspool.kernels.triton.chip import all_registers
 from crosspool.kernels.triton.ffn_plan import FfnPlan, FfnRoom, ffn_room
 from crosspool.kernels.triton.ffn_queue import (
     FfnQueue,
@@ -127,9 +128,8 @@ def serve(plan: FfnPlan, queue: FfnQueue, room: FfnRoom, launch: int) -> None:
         LOGITS_STEP=router_tile.step,
         COMBINED=min(COMBINED, triton.next_power_of_2(geometry.hidden)),
         num_warps=plan.tile.warps,
-        num_stages=router_tile.stages
-        * 3
-        // 2,  # Alone on its multiprocessor, and not so many that it spills.,
+        num_stages=2 * router_tile.stages,  # It is alone on its multiprocessor.
+        **all_registers(),
     )
 
 
