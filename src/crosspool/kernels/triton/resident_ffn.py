@@ -5,8 +5,8 @@ of any model of the plan's geometry, for whichever lane asks. Tiles, and the ord
 ffn.py, and so are the results. A meeting costs a microsecond or more, which is why there are few: after the
 logits, which are too much to read for each program to do all; after expand; and after contract.
 
-It is an experiment: nothing serves from it until a GPU has shown that it wins over a graph of launches. How that
-is decided is in docs/adr/0013-resident-ffn.md.
+It is an experiment: nothing serves from it until a GPU has shown that it wins over a graph of launches. How
+that is decided is in docs/adr/0013-resident-ffn.md.
 """
 
 from __future__ import annotations
