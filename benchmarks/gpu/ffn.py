@@ -16,8 +16,9 @@ import torch
 from crosspool.core.spec import ModelSpec
 from crosspool.workers.cuda.ffn_side import FfnSidePass
 from gpu.device import Gpu
+from gpu.ffn_resident import RESIDENT_ROWS, resident_figures
 from gpu.models import LoadedModel, in_room, spec_of, write_config
-from gpu.results import Case, Figure
+from gpu.results import Case, Figure, NotMeasured
 
 TARGETS = {1: 0.65, 8: 0.80, 32: 0.85}
 """Share of a copy's bandwidth, by rows."""
@@ -92,8 +93,13 @@ def cases(gpu: Gpu) -> list[Case]:
             ),
         ]
 
+    def resident(count: int) -> list[Figure]:
+        if gpu.interpreted:
+            raise NotMeasured("interpreted programs run one after another: they would not meet")
+        return resident_figures(gpu, Layers(gpu, loaded(False), count))
+
     return [
-        Case(f"{count} rows{', float8' if float8 else ''}", partial(rows, count, float8), 90)
-        for float8 in (False, True)
-        for count in TARGETS
+        *(Case(f"{count} rows", partial(rows, count, False), 90) for count in TARGETS),
+        *(Case(f"{count} rows, resident", partial(resident, count), 90) for count in RESIDENT_ROWS),
+        *(Case(f"{count} rows, float8", partial(rows, count, True), 90) for count in TARGETS),
     ]

@@ -25,7 +25,7 @@ EXPECTED = {
     "kernels": {},
     "graphs": {"making a graph", "a WHILE node"},
     "doorbell": {"host to device", "between multiprocessors"},
-    "ffn": {},
+    "ffn": {"1 rows, resident", "8 rows, resident"},
     "attention": {},
     "decode": {},
     "sharing": {},

@@ -30,3 +30,9 @@ def warps(nvidia: int) -> int:
     """Warps of a program with large tiles. AMD's have 64 threads, and 512 registers for each where there are
     no more than 4."""
     return min(nvidia, 4) if generation() == AMD else nvidia
+
+
+def all_registers() -> dict[str, int]:
+    """Options of a kernel that shall have as many registers as there are, however many of its programs would
+    fit a multiprocessor with fewer. On AMD's it has them."""
+    return {} if generation() == AMD else {"maxnreg": 255}

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosspool.kernels.triton.ffn_plan import Contraction, FfnPlan, FfnRoom
+from crosspool.kernels.triton.ffn_plan import FfnPlan, FfnRoom
 from crosspool.kernels.triton.pairs import BLOCK_FIELDS
 from crosspool.kernels.triton.product import (
     expert_at,
@@ -42,16 +42,11 @@ COMBINED = 512
 """Columns that a program combines."""
 
 
-def _programs(contraction: Contraction) -> int:
-    """Programs for each tile of products."""
-    return contraction.parts.number if contraction.spread else 1
-
-
 def contract(plan: FfnPlan, lane: Tensor, layer: int, room: FfnRoom) -> None:
     """The room's activations to its products."""
     tile = plan.tile
     tiles = triton.cdiv(plan.geometry.hidden, tile.outputs)
-    common, routed = plan.token_tiles * _programs(plan.common), plan.blocks * _programs(plan.routed)
+    common, routed = plan.token_tiles * plan.common.programs, plan.blocks * plan.routed.programs
     _contract[((common + routed) * tiles,)](
         lane,
         layer,
@@ -65,12 +60,12 @@ def contract(plan: FfnPlan, lane: Tensor, layer: int, room: FfnRoom) -> None:
         HIDDEN=plan.geometry.hidden,
         TOP_K=plan.top_k,
         WIDTH=plan.width,
-        PARTS=_programs(plan.routed),
+        PARTS=plan.routed.programs,
         LENGTH=plan.routed.parts.length,
         COMMON_WIDTH=plan.common_width,
         COMMON=SHARED_DOWN if plan.top_k else EXPERT_DOWN,
         COMMON_SCALES=SHARED_DOWN_SCALES if plan.top_k else EXPERT_DOWN_SCALES,
-        COMMON_PARTS=_programs(plan.common),
+        COMMON_PARTS=plan.common.programs,
         COMMON_LENGTH=plan.common.parts.length,
         STORED=plan.stored,
         TILE=tile.outputs,
@@ -94,8 +89,8 @@ def combine(plan: FfnPlan, lane: Tensor, room: FfnRoom, out: Tensor) -> None:
         plan.capacity,
         HIDDEN=hidden,
         TOP_K=plan.top_k,
-        PARTS=_programs(plan.routed),
-        COMMON_PARTS=_programs(plan.common) if plan.common_width else 0,
+        PARTS=plan.routed.programs,
+        COMMON_PARTS=plan.common.programs if plan.common_width else 0,
         COLUMNS=columns,
         num_warps=2,
     )
@@ -138,7 +133,7 @@ def _contract(
         first = program % token_tiles * TOKENS
         if (pair_program < 0) & (first < count):
             token = first + tl.arange(0, TOKENS)
-            _contract_tile(
+            contract_tile(
                 weights_at(layer_word(lane, layer, COMMON), STORED, activations.dtype.element_ty),
                 scales_at(lane, layer, COMMON_SCALES, STORED),
                 program // token_tiles,
@@ -163,13 +158,10 @@ def _contract(
             place = tl.load(block + 1) + tl.arange(0, TOKENS)
             live = place < tl.load(block + 2)
             expert = tl.load(block)
-            matrices = weights_at(layer_word(lane, layer, _EXPERT_DOWN), STORED, activations.dtype.element_ty)
-            scales = scales_at(lane, layer, _EXPERT_DOWN_SCALES, STORED)
-            _contract_tile(
-                expert_at(matrices, expert, HIDDEN, WIDTH),
-                expert_at(
-                    scales, expert, (HIDDEN + _SCALED - 1) // _SCALED, (WIDTH + _SCALED - 1) // _SCALED
-                ),
+            matrix, scales = down_of(lane, layer, expert, HIDDEN, WIDTH, STORED, activations.dtype.element_ty)
+            contract_tile(
+                matrix,
+                scales,
                 pair_program % (TILES * PARTS),
                 activations,
                 place,
@@ -188,7 +180,20 @@ def _contract(
 
 
 @triton.jit
-def _contract_tile(
+def down_of(
+    lane, layer, expert, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Where the weights and the scales of an expert's down begin."""
+    matrices = weights_at(layer_word(lane, layer, _EXPERT_DOWN), STORED, DTYPE)
+    scales = scales_at(lane, layer, _EXPERT_DOWN_SCALES, STORED)
+    return (
+        expert_at(matrices, expert, HIDDEN, WIDTH),
+        expert_at(scales, expert, (HIDDEN + _SCALED - 1) // _SCALED, (WIDTH + _SCALED - 1) // _SCALED),
+    )
+
+
+@triton.jit
+def contract_tile(
     matrix,
     scales,
     tile_part,
@@ -238,11 +243,42 @@ def _combine(
     COMMON_PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One token's columns."""
     token = tl.program_id(0)
     if token >= tl.load(lane + _QUERIES):
         return
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    combine_columns(
+        products,
+        common_products,
+        gains,
+        out,
+        capacity,
+        token,
+        tl.program_id(1),
+        HIDDEN,
+        TOP_K,
+        PARTS,
+        COMMON_PARTS,
+        COLUMNS,
+    )
+
+
+@triton.jit
+def combine_columns(
+    products,
+    common_products,
+    gains,
+    out,
+    capacity,
+    token,
+    block,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    COMMON_PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One token's columns from ``block * COLUMNS`` on."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < HIDDEN
     dtype: tl.constexpr = out.dtype.element_ty
     total = tl.zeros((COLUMNS,), tl.float32)

@@ -91,7 +91,7 @@ def _expand(
         first = program % token_tiles * TOKENS
         if (pair_program < 0) & (first < count):
             token = first + tl.arange(0, TOKENS)
-            _expand_tile(
+            expand_tile(
                 weights_at(layer_word(lane, layer, COMMON), STORED, x.dtype.element_ty),
                 scales_at(lane, layer, COMMON_SCALES, STORED),
                 program // token_tiles,
@@ -114,13 +114,10 @@ def _expand(
             place = tl.load(block + 1) + tl.arange(0, TOKENS)
             live = place < tl.load(block + 2)
             expert = tl.load(block)
-            matrices = weights_at(layer_word(lane, layer, _GATE_UP), STORED, x.dtype.element_ty)
-            scales = scales_at(lane, layer, _GATE_UP_SCALES, STORED)
-            _expand_tile(
-                expert_at(matrices, expert, 2 * WIDTH, HIDDEN),
-                expert_at(
-                    scales, expert, 2 * ((WIDTH + _SCALED - 1) // _SCALED), (HIDDEN + _SCALED - 1) // _SCALED
-                ),
+            matrix, scales = gate_up_of(lane, layer, expert, HIDDEN, WIDTH, STORED, x.dtype.element_ty)
+            expand_tile(
+                matrix,
+                scales,
                 pair_program % TILES,
                 x,
                 tl.load(order + place, mask=live, other=0) // TOP_K,
@@ -137,7 +134,21 @@ def _expand(
 
 
 @triton.jit
-def _expand_tile(
+def gate_up_of(
+    lane, layer, expert, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Where the weights and the scales of an expert's gate and up begin."""
+    matrices = weights_at(layer_word(lane, layer, _GATE_UP), STORED, DTYPE)
+    scales = scales_at(lane, layer, _GATE_UP_SCALES, STORED)
+    blocks: tl.constexpr = (WIDTH + _SCALED - 1) // _SCALED
+    return (
+        expert_at(matrices, expert, 2 * WIDTH, HIDDEN),
+        expert_at(scales, expert, 2 * blocks, (HIDDEN + _SCALED - 1) // _SCALED),
+    )
+
+
+@triton.jit
+def expand_tile(
     matrix,
     scales,
     tile,

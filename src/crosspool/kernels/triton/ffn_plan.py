@@ -35,6 +35,11 @@ class Contraction(NamedTuple):
     parts: Parts
     spread: bool
 
+    @property
+    def programs(self) -> int:
+        """Programs for each tile of products."""
+        return self.parts.number if self.spread else 1
+
 
 class FfnPlan(NamedTuple):
     """``experts``, of which each token has ``top_k`` of ``width`` (all 0 if dense), and the **common** FFN of
@@ -115,9 +120,8 @@ def ffn_room(plan: FfnPlan, device: torch.device) -> FfnRoom:
     empty = PartsRoom(torch.empty(0, device=device), torch.empty(0, dtype=torch.int32, device=device))
 
     def products(contraction: Contraction, rows: int) -> Tensor:
-        number = contraction.parts.number if contraction.spread else 1
         dtype = torch.float32 if contraction.spread else plan.dtype
-        return torch.empty(number, rows, hidden, dtype=dtype, device=device)
+        return torch.empty(contraction.programs, rows, hidden, dtype=dtype, device=device)
 
     pairs = capacity * plan.top_k
     return FfnRoom(

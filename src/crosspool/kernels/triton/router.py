@@ -58,7 +58,9 @@ def check_routing(routing: Routing) -> None:
         raise ValueError(f"top {routing.top_k} of {experts} experts, {top_groups} of {groups} groups")
 
 
-def _plan(routing: Routing, hidden: int, capacity: int, dtype: torch.dtype, chip: Chip) -> tuple[Tile, Parts]:
+def plan_router(
+    routing: Routing, hidden: int, capacity: int, dtype: torch.dtype, chip: Chip
+) -> tuple[Tile, Parts]:
     length = triton.cdiv(hidden, MOST_PARTS * SCALED) * SCALED
     tile = tile_for(min(capacity, 32), dtype, chip)
     return tile, Parts(triton.cdiv(hidden, length), length)
@@ -67,7 +69,7 @@ def _plan(routing: Routing, hidden: int, capacity: int, dtype: torch.dtype, chip
 def router_room(
     routing: Routing, hidden: int, capacity: int, dtype: torch.dtype, chip: Chip, device: torch.device
 ) -> PartsRoom:
-    tile, parts = _plan(routing, hidden, capacity, dtype, chip)
+    tile, parts = plan_router(routing, hidden, capacity, dtype, chip)
     return parts_room(parts.number * capacity * routing.experts, triton.cdiv(capacity, tile.tokens), device)
 
 
@@ -88,13 +90,11 @@ def route(
     depends on H alone. Of equal experts the lowest ids are chosen.
     """
     capacity, hidden = x.shape
-    tile, parts = _plan(routing, hidden, capacity, x.dtype, chip)
+    tile, parts = plan_router(routing, hidden, capacity, x.dtype, chip)
     expert_tiles, token_tiles = (
         triton.cdiv(routing.experts, tile.outputs),
         triton.cdiv(capacity, tile.tokens),
     )
-    group_columns = triton.next_power_of_2(routing.experts // routing.groups)
-    columns = triton.next_power_of_2(routing.groups) * group_columns
     _route[(expert_tiles * token_tiles * parts.number,)](
         lane,
         layer,
@@ -105,18 +105,7 @@ def route(
         room.arrivals,
         capacity,
         HIDDEN=hidden,
-        EXPERTS=routing.experts,
-        TOP_K=routing.top_k,
-        SIGMOID=SIGMOID[routing.scoring],
-        NORMALISE=routing.normalise,
-        SCALE=routing.scale,
-        GROUPS=routing.groups,
-        TOP_GROUPS=routing.top_groups,
-        BEST_OF_GROUP=EXPERTS_THAT_RANK[routing.group_score],
-        BIASED=routing.biased,
-        GROUP_COLUMNS=group_columns,
-        COLUMNS=columns,
-        CHOOSING=min(max(CHOOSING // columns, 1), tile.tokens),
+        **routing_arguments(routing, tile),
         PARTS=parts.number,
         LENGTH=parts.length,
         TILE=tile.outputs,
@@ -125,6 +114,26 @@ def route(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def routing_arguments(routing: Routing, tile: Tile) -> dict[str, int | float]:
+    """What ``choose`` has to know of the rules, and how many of a tile's tokens it looks at together."""
+    group_columns = triton.next_power_of_2(routing.experts // routing.groups)
+    columns = triton.next_power_of_2(routing.groups) * group_columns
+    return {
+        "EXPERTS": routing.experts,
+        "TOP_K": routing.top_k,
+        "SIGMOID": SIGMOID[routing.scoring],
+        "NORMALISE": routing.normalise,
+        "SCALE": routing.scale,
+        "GROUPS": routing.groups,
+        "TOP_GROUPS": routing.top_groups,
+        "BEST_OF_GROUP": EXPERTS_THAT_RANK[routing.group_score],
+        "BIASED": routing.biased,
+        "GROUP_COLUMNS": group_columns,
+        "COLUMNS": columns,
+        "CHOOSING": min(max(CHOOSING // columns, 1), tile.tokens),
+    }
 
 
 @triton.jit(do_not_specialize=["layer", "capacity"])
@@ -166,19 +175,26 @@ def _route(
     if first >= count:
         return
     token = first + tl.arange(0, TOKENS)
-    live = token < count
-    expert = expert_tile * TILE + tl.arange(0, TILE)
-    matrix = layer_weights(lane, layer, _ROUTER, x.dtype.element_ty)
-    weights = rows_at(matrix, tl.minimum(expert, EXPERTS - 1), HIDDEN)
-    logits = multiply(
-        weights, weights, rows_at(x, token, HIDDEN), live, part * LENGTH, HIDDEN, LENGTH, _PLAIN, STEP
+    logits_part(
+        lane,
+        layer,
+        x,
+        token,
+        token < count,
+        expert_tile,
+        part,
+        parts,
+        capacity,
+        HIDDEN,
+        EXPERTS,
+        LENGTH,
+        TILE,
+        STEP,
     )
-    place = (part * capacity + token)[None, :] * EXPERTS + expert[:, None]
-    tl.store(parts + place, logits, mask=live[None, :] & (expert < EXPERTS)[:, None])
     if not is_last(arrivals + token_tile, EXPERT_TILES * PARTS):
         return
     for begin in range(first, tl.minimum(first + TOKENS, count), CHOOSING):
-        _choose(
+        choose(
             lane,
             layer,
             begin + tl.arange(0, CHOOSING),
@@ -203,7 +219,35 @@ def _route(
 
 
 @triton.jit
-def _choose(
+def logits_part(
+    lane,
+    layer,
+    x,
+    token,
+    live,
+    expert_tile,
+    part,
+    parts,
+    capacity,
+    HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One part of the logits of a tile of experts for ``x[token]``, to ``parts`` [.., capacity, EXPERTS]."""
+    expert = expert_tile * TILE + tl.arange(0, TILE)
+    matrix = layer_weights(lane, layer, _ROUTER, x.dtype.element_ty)
+    weights = rows_at(matrix, tl.minimum(expert, EXPERTS - 1), HIDDEN)
+    logits = multiply(
+        weights, weights, rows_at(x, token, HIDDEN), live, part * LENGTH, HIDDEN, LENGTH, _PLAIN, STEP
+    )
+    place = (part * capacity + token)[None, :] * EXPERTS + expert[:, None]
+    tl.store(parts + place, logits, mask=live[None, :] & (expert < EXPERTS)[:, None])
+
+
+@triton.jit
+def choose(
     lane,
     layer,
     token,
