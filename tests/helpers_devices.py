@@ -53,11 +53,28 @@ class LaunchList:
             kernel.run(*arguments, **options)
 
 
+@dataclass
+class LaunchLoop:
+    """``first``, and then ``body`` while ``again`` is not 0, of which it has made so many ``rounds``."""
+
+    first: LaunchList
+    body: LaunchList
+    again: Tensor
+    rounds: int = 0
+
+    def run(self) -> None:
+        self.first.run()
+        while self.again:
+            self.body.run()
+            self.rounds += 1
+
+
 class InterpretedDevice:
     """``captured`` and ``replayed`` count graphs. A GPU runs launches before it records them, to compile
-    them; here only if ``runs_first``, for it takes time."""
+    them; here only if ``runs_first``, for it takes time. A loop is over when ``replay`` returns."""
 
     runs_first = False
+    loops = True
 
     def __init__(self, name: str = "cuda:0") -> None:
         self.name = name
@@ -101,7 +118,12 @@ class InterpretedDevice:
             launches()
         return graph
 
-    def replay(self, stream: object, graph: LaunchList) -> None:
+    def loop(
+        self, stream: object, first: Callable[[], object], launches: Callable[[], object], again: Tensor
+    ) -> LaunchLoop:
+        return LaunchLoop(self.capture(stream, first), self.capture(stream, launches), again)
+
+    def replay(self, stream: object, graph: LaunchList | LaunchLoop) -> None:
         self.replayed += 1
         graph.run()
 

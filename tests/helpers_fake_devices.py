@@ -14,6 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from helpers_devices import aligned_bytes
 
 PRIME = 65_521
 VOCAB = 50
+ROUND_TIME = 1000
 
 
 class World:
@@ -57,6 +59,10 @@ class FakeEvent:
     device: str
     world: World
     happened: bool = False
+    rounds: int = 0
+
+    def happen(self, stream: FakeStream) -> None:
+        self.happened, self.rounds = True, stream.rounds
 
     def done(self) -> bool:
         if self.device in self.world.lost:
@@ -68,30 +74,60 @@ class FakeEvent:
             assert self.world.step(), "nothing runs, and an event never happens"
 
     def since(self, earlier: FakeEvent) -> int:
+        """Rounds of loops take so long, and whatever is between two events without loops."""
         assert self.happened and earlier.happened and self.device == earlier.device
-        return 1000
+        return ROUND_TIME * max(1, self.rounds - earlier.rounds)
+
+
+@dataclass(frozen=True)
+class FakeLoop:
+    """Its first launches run in one step of the world, and each round of the others in another."""
+
+    first: Callable[[], object]
+    launches: Callable[[], object]
+    again: Tensor
 
 
 @dataclass(eq=False)
 class FakeStream:
+    """``loops`` have run in it, and have made so many ``rounds``."""
+
     device: str
     work: deque[Any] = field(default_factory=deque)
+    loops: int = 0
+    rounds: int = 0
+    _inside: bool = False
 
     @property
     def may_run(self) -> bool:
         return bool(self.work) and (not isinstance(self.work[0], FakeEvent) or self.work[0].happened)
 
     def run(self) -> None:
+        if isinstance(self.work[0], FakeLoop):
+            self._run_loop(self.work[0])
+            return
         work = self.work.popleft()
         if not isinstance(work, FakeEvent):
             work()
+
+    def _run_loop(self, loop: FakeLoop) -> None:
+        if not self._inside:
+            loop.first()
+            self.loops += 1
+        else:
+            loop.launches()
+            self.rounds += 1
+        self._inside = bool(loop.again)
+        if not self._inside:
+            self.work.popleft()
 
 
 class FakeDevice:
     """What is put into its streams runs when the world steps."""
 
-    def __init__(self, name: str, world: World) -> None:
+    def __init__(self, name: str, world: World, *, loops: bool = False) -> None:
         self.name = self.physical = name
+        self.loops = loops
         self.chip, self.processors = Chip(1 << 16, True), 2
         self.world = world
 
@@ -118,7 +154,7 @@ class FakeDevice:
 
     def record(self, stream: FakeStream) -> FakeEvent:
         event = FakeEvent(self.name, self.world)
-        self._put(stream, lambda: setattr(event, "happened", True))
+        self._put(stream, partial(event.happen, stream))
         return event
 
     def wait(self, stream: FakeStream, event: FakeEvent) -> None:
@@ -127,7 +163,17 @@ class FakeDevice:
     def capture(self, stream: FakeStream, launches: Callable[[], object]) -> Callable[[], object]:
         return launches
 
-    def replay(self, stream: FakeStream, graph: Callable[[], object]) -> None:
+    def loop(
+        self,
+        stream: FakeStream,
+        first: Callable[[], object],
+        launches: Callable[[], object],
+        again: Tensor,
+    ) -> FakeLoop:
+        assert self.loops
+        return FakeLoop(first, launches, again)
+
+    def replay(self, stream: FakeStream, graph: Callable[[], object] | FakeLoop) -> None:
         self._put(stream, graph)
 
     def finish(self) -> None:
@@ -266,9 +312,15 @@ class FakeAttention:
         rows = at(address + 8 * g.GRANT_WORDS, int(grant[g.GRANT_ROWS]) * g.ROW_WORDS)
         return grant, rows.reshape(-1, g.ROW_WORDS)
 
+    def ask_again(self) -> None:
+        """As kernels/triton/pass_again.py."""
+        grant, _ = self._grant()
+        held = at(grant[g.FLAGS], g.FLAG_WORDS)[g.HELD]
+        self.lane[w.AGAIN] = int(not grant[g.GRANT_OVER] and grant[g.GRANT_STEPS] > held)
+
     def begin(self) -> None:
         grant, rows = self._grant()
-        flags = at(grant[g.FLAGS], 1 + len(rows))
+        flags = at(grant[g.FLAGS], g.FLAG_WORDS + len(rows))
         going = [] if grant[g.GRANT_OVER] else range(len(rows))
         place, query = 0, 0
         for number in going:
@@ -322,7 +374,7 @@ class FakeAttention:
         grant, rows = self._grant()
         if grant[g.GRANT_OVER]:
             return
-        flags, going = at(grant[g.FLAGS], 1 + len(rows)), False
+        flags, going = at(grant[g.FLAGS], g.FLAG_WORDS + len(rows)), False
         for place in range(int(self.lane[w.ROWS])):
             number = int(self.rows.numbers[place])
             row, token = rows[number], int(self.rows.chosen[place])
@@ -341,6 +393,7 @@ class FakeAttention:
         if flags[g.RECALLED] or grant[g.GRANT_STEPS] == 0 or not going:
             grant[g.GRANT_OVER] = 1
             self._tell(g.END, int(grant[g.NUMBER]), 0, 0, 0)
+        self.ask_again()
 
     def _tell(self, kind: int, *values: int) -> None:
         records = int(self.lane[w.RECORDS])

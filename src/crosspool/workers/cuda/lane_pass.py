@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crosspool.backends.device import Device, Event, Graph, Stream
 from crosspool.core.batch import Phase
-from crosspool.kernels.triton.words import LANE_WORDS, QUERIES, ROWS
+from crosspool.kernels.triton.words import AGAIN, LANE_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import Limits, Ring
@@ -72,7 +72,8 @@ class Route:
 
 @dataclass
 class LanePass:
-    """Passes of one geometry, within limits, in one lane. Once ``record``\\ ed, launches go as graphs."""
+    """Passes of one geometry, within limits, in one lane. Once ``record``\\ ed, launches go as graphs; if it
+    ``loops``, ``run`` makes as many passes as the grant's host lets it (Flight)."""
 
     geometry: Geometry
     route: Route
@@ -80,6 +81,7 @@ class LanePass:
     attention_side: AttentionSide
     ffn_at_home: FfnSide | None
     remotes: Mapping[int, Remote]
+    loops: bool = False
     _graphs: dict[object, Graph] = field(default_factory=dict)
     _told: set[int] = field(default_factory=set)
 
@@ -118,10 +120,11 @@ class LanePass:
         self._launch(self.home, ("end",), self.attention_side.end)
 
     def record(self) -> None:
-        """Record graphs: one of the whole pass if it stays at home, otherwise one of each half."""
+        """Record graphs: one of the whole pass if it stays at home, in a loop if the device has them;
+        otherwise one of each half."""
         layers = range(self.geometry.num_layers)
         if self.route.at_home:
-            self._record(self.home, ("pass",), self._everything)
+            self._record_everything()
             return
         for layer in layers:
             self._record(self.home, ("attention", layer), partial(self._attention, layer))
@@ -157,6 +160,15 @@ class LanePass:
 
     def _record(self, track: Track, key: object, launches: Callable[[], object]) -> None:
         self._graphs[key] = track.device.capture(track.stream, launches)
+
+    def _record_everything(self) -> None:
+        device, side = self.home.device, self.attention_side
+        self.loops = device.loops
+        if not self.loops:
+            self._record(self.home, ("pass",), self._everything)
+            return
+        again = side.lane[AGAIN : AGAIN + 1]
+        self._graphs["pass",] = device.loop(self.home.stream, side.ask_again, self._everything, again)
 
     def _attention(self, layer: int) -> None:
         if layer == 0:
