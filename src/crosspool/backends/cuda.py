@@ -102,7 +102,7 @@ class CudaDevice:
         self._loops: CudaLoops | None = None
         self.no_loops: str | None = None
         try:
-            self._loops = CudaLoops(capability)
+            self._loops = CudaLoops()
         except ConfigError as error:
             self.no_loops = str(error)
         self._companions: dict[tuple[int, int], torch.cuda.Stream] = {}

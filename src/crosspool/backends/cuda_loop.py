@@ -10,20 +10,57 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
-from crosspool.backends.cuda_condition import NAME, build_condition, check_bindings
 from crosspool.core.errors import ConfigError
+
+BINDINGS = "cuda-bindings"
+LEAST_BINDINGS = 13
+"""Major version, since which functions have the arguments that they have here."""
 
 LEAST_DRIVER = 12_040
 """Version of CUDA that the driver must have: the first with conditional nodes."""
+
+CONDITION = b"set_condition"
+PTX = b"""
+.version 8.0
+.target sm_80
+.address_size 64
+
+.extern .func cudaGraphSetConditional(.param .b64 loop, .param .b32 value);
+
+.visible .entry set_condition(.param .u64 loop, .param .u64 word)
+{
+    .reg .pred %again;
+    .reg .b32 %value;
+    .reg .b64 %loop, %at, %word;
+
+    ld.param.u64 %loop, [loop];
+    ld.param.u64 %at, [word];
+    cvta.to.global.u64 %at, %at;
+    ld.global.u64 %word, [%at];
+    setp.ne.s64 %again, %word, 0;
+    selp.b32 %value, 1, 0, %again;
+    {
+        .param .b64 which;
+        .param .b32 what;
+        st.param.b64 [which], %loop;
+        st.param.b32 [what], %value;
+        call.uni cudaGraphSetConditional, (which, what);
+    }
+    ret;
+}
+"""
+"""A WHILE node goes on if the int64 at ``word`` is not 0: Triton has no word for that. The driver compiles
+it, and has the function that it calls."""
 
 
 class CudaLoops:
     """Makes loops on one GPU. Raises ConfigError where it cannot, and says why."""
 
-    def __init__(self, capability: tuple[int, int]) -> None:
-        check_bindings()
+    def __init__(self) -> None:
+        _check_bindings()
         try:
             from cuda.bindings import driver
 
@@ -33,7 +70,6 @@ class CudaLoops:
         if version < LEAST_DRIVER:
             found, least = _version(version), _version(LEAST_DRIVER)
             raise ConfigError(f"the driver is for CUDA {found}, {least} or later is needed")
-        self._code = build_condition(capability)
         self._driver = driver
         self._condition: Any = None
 
@@ -44,8 +80,8 @@ class CudaLoops:
         current; ``again`` is the word's address. Raises RuntimeError, as PyTorch does."""
         driver = self._driver
         if self._condition is None:
-            module = _checked(driver.cuModuleLoadData(self._code))
-            self._condition = _checked(driver.cuModuleGetFunction(module, NAME))
+            module = _checked(driver.cuModuleLoadData(PTX + b"\0"))
+            self._condition = _checked(driver.cuModuleGetFunction(module, CONDITION))
         context = _checked(driver.cuCtxGetCurrent())
         graph = _checked(driver.cuGraphCreate(0))
         loop = CudaLoop(driver, graph)
@@ -100,6 +136,15 @@ class CudaLoop:
 
     def launch(self, stream: int) -> None:
         _checked(self._driver.cuGraphLaunch(self._executable, stream))
+
+
+def _check_bindings() -> None:
+    try:
+        found = metadata.version(BINDINGS)
+    except metadata.PackageNotFoundError:
+        raise ConfigError(f"the package {BINDINGS} is not installed") from None
+    if int(found.partition(".")[0]) < LEAST_BINDINGS:
+        raise ConfigError(f"{BINDINGS} {found} is installed, {LEAST_BINDINGS} or later is needed")
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

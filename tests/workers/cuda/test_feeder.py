@@ -487,10 +487,13 @@ def looping_life() -> Life:
 
 
 def settle(life: Life) -> None:
-    while not life.feeder.idle:
+    for _ in range(MOST_STEPS):
         life.world.step()
         life.feeder.step()
         life._take()
+        if life.feeder.idle:
+            return
+    raise AssertionError("it comes to no end")
 
 
 def decode_streams(life: Life) -> list[FakeStream]:
