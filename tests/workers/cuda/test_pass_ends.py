@@ -20,7 +20,7 @@ from crosspool.kernels.triton.pass_end import end_pass
 from crosspool.kernels.triton.words import AGAIN, LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.grant import GrantMemory, PackedGrant
 from helpers_devices import InterpretedDevice
-from helpers_triton_gates import needs_interpreter
+from helpers_triton_gates import ALL_TARGETS, Target, assert_builds_well, needs_interpreter
 
 pytestmark = [pytest.mark.backend, needs_interpreter]
 
@@ -207,3 +207,11 @@ def test_a_grant_whose_rows_are_all_dropped_ends_with_its_first_pass() -> None:
         packed.drop(row.request)
     assert lane.begin() == []
     assert lane.end({}) == [(END, 7)]
+
+
+@pytest.mark.parametrize("target", ALL_TARGETS, ids=str)
+def test_the_ends_of_passes_and_what_begins_a_loop_build(target: Target) -> None:
+    lane = Lane()
+    ends = (lane.batch.lane, lane.rows, MOST_ROWS, lane.records, lane.written)
+    assert_builds_well(lambda: end_pass(*ends), target, wide_loads=False)
+    assert_builds_well(lambda: ask_again(lane.batch.lane), target, wide_loads=False)
