@@ -49,6 +49,7 @@ class Lane:
         self._around = around
         self._sides = sides
         self._ring = Ring.on(tracks[home].device)
+        self._records, self._written = self._ring.records.numpy(), self._ring.written.numpy()
         self._read = 0
         self._passes: dict[tuple[Geometry, Route], list[tuple[Limits, LanePass]]] = {}
         self._units: deque[Unit] = deque()
@@ -70,9 +71,9 @@ class Lane:
         """Whether it takes the flight's next unit now. A loop that is to become smaller ends first."""
         if not flight.looping:
             return self.has_place
-        if flight.queued > 0 and self._pass_for(flight) is not flight.lane_pass:
+        if sum(other.ahead for other in self.bound if not other.over) >= AHEAD:
             return False
-        return sum(other.ahead for other in self.bound if not other.over) < AHEAD
+        return flight.queued == 0 or self._pass_for(flight) is flight.lane_pass
 
     def prepare(
         self,
@@ -165,14 +166,13 @@ class Lane:
 
         A lane has few units in its stream, or to make in a loop, so it never writes what has not been read.
         """
-        written = int(self._ring.written.item())
+        written = int(self._written[0])
         if written == self._read:
             return []
-        fresh = []
-        for sequence in range(self._read + 1, written + 1):
-            words = self._ring.records[(sequence - 1) % RING_RECORDS].tolist()
-            assert words[RECORD_SEQUENCE] == sequence
-            fresh.append(words)
+        sequences = range(self._read + 1, written + 1)
+        places = [(sequence - 1) % RING_RECORDS for sequence in sequences]
+        fresh: list[list[int]] = self._records[places].tolist()
+        assert [words[RECORD_SEQUENCE] for words in fresh] == list(sequences)
         self._read = written
         return fresh
 
