@@ -54,11 +54,29 @@ class LaunchList:
             launch()
 
 
+@dataclass
+class LaunchLoop:
+    """``first``, and then ``body`` while ``again`` is not 0; ``count`` is called in each round."""
+
+    first: LaunchList
+    body: LaunchList
+    again: Tensor
+    count: Callable[[], None]
+
+    def run(self) -> None:
+        self.first.run()
+        while self.again:
+            self.body.run()
+            self.count()
+
+
 class InterpretedDevice:
-    """``captured`` and ``replayed`` count graphs. A GPU runs launches before it records them, to compile
-    them; here only if ``runs_first``, for it takes time. ``reaching``: it reaches all others."""
+    """``captured`` and ``replayed`` count graphs, and ``rounds`` those of loops. A GPU runs launches before
+    it records them, to compile them; here only if ``runs_first``, for it takes time. A loop is over when
+    ``replay`` returns. ``reaching``: it reaches all others."""
 
     runs_first = reaching = False
+    loops = True
     _recorded: LaunchList | None = None
     """What is being recorded, by whichever device: it may involve others."""
 
@@ -67,7 +85,7 @@ class InterpretedDevice:
         self.physical = name.partition("/")[0]
         self.chip = Chip(232_448, True)
         self.processors = 4
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.rounds = 0
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = torch.Size(shape).numel()
@@ -112,7 +130,15 @@ class InterpretedDevice:
             launches()
         return graph
 
-    def replay(self, stream: object, graph: LaunchList) -> None:
+    def loop(
+        self, stream: object, first: Callable[[], object], launches: Callable[[], object], again: Tensor
+    ) -> LaunchLoop:
+        return LaunchLoop(self.capture(stream, first), self.capture(stream, launches), again, self._count)
+
+    def _count(self) -> None:
+        self.rounds += 1
+
+    def replay(self, stream: object, graph: LaunchList | LaunchLoop) -> None:
         self.replayed += 1
         graph.run()
 

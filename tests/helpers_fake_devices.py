@@ -14,6 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from helpers_devices import aligned_bytes
 
 PRIME = 65_521
 VOCAB = 50
+ROUND_TIME = 1000
 
 
 def chip_of(device: str) -> str:
@@ -99,6 +101,10 @@ class FakeEvent:
     device: str
     world: World
     happened: bool = False
+    rounds: int = 0
+
+    def happen(self, stream: FakeStream) -> None:
+        self.happened, self.rounds = True, stream.rounds
 
     def done(self) -> bool:
         if self.device in self.world.lost:
@@ -110,8 +116,9 @@ class FakeEvent:
             assert self.world.step(), "nothing runs, and an event never happens"
 
     def since(self, earlier: FakeEvent) -> int:
+        """Rounds of loops take so long, and whatever is between two events without loops."""
         assert self.happened and earlier.happened and self.device == earlier.device
-        return 1000
+        return ROUND_TIME * max(1, self.rounds - earlier.rounds)
 
 
 @dataclass(eq=False)
@@ -172,7 +179,7 @@ class Capture:
 class FakeGraph:
     nodes: list[Node]
 
-    def again(self) -> list[Node]:
+    def again(self, stream: FakeStream) -> list[Node]:
         """Its nodes, to be run once more."""
         fresh: dict[Node, Node] = {}
         for node in self.nodes:
@@ -181,11 +188,48 @@ class FakeGraph:
 
 
 @dataclass(eq=False)
+class FakeLoop:
+    """``first``, and then the ``body`` for as long as ``again`` is not 0."""
+
+    first: Callable[[], object]
+    body: FakeGraph
+    again_word: Tensor
+
+    def again(self, stream: FakeStream) -> list[Node]:
+        return [LoopNode(stream.device, None, loop=self, stream=stream)]
+
+
+@dataclass(eq=False)
+class LoopNode(Node):
+    """A loop in a stream. Its first launches run in one step of the world, and each round in another."""
+
+    loop: FakeLoop = field(kw_only=True)
+    stream: FakeStream = field(kw_only=True)
+    inside: bool = False
+
+    def run(self) -> bool:
+        if not self.inside:
+            self.loop.first()
+            self.stream.loops += 1
+        else:
+            for node in self.loop.body.nodes:
+                assert node.work is not None and node.device == self.device, "a body is of one device"
+                node.work()
+            self.stream.rounds += 1
+        self.inside = bool(self.loop.again_word)
+        self.ran = not self.inside
+        return True
+
+
+@dataclass(eq=False)
 class FakeStream:
-    """Its ``work`` goes one after another: each is some nodes, which are a graph."""
+    """Its ``work`` goes one after another: each is some nodes, which are a graph. ``loops`` have run in it,
+    and have made so many ``rounds``."""
 
     device: str
     work: deque[list[Node]] = field(default_factory=deque)
+    loops: int = 0
+    rounds: int = 0
 
     @property
     def able(self) -> list[Node]:
@@ -203,8 +247,9 @@ class FakeDevice:
     """What is put into its streams runs when the world steps. ``a/0`` and ``a/1`` are on one chip; others
     reach each other unless their name begins with a capital."""
 
-    def __init__(self, name: str, world: World) -> None:
+    def __init__(self, name: str, world: World, *, loops: bool = False) -> None:
         self.name, self.physical = name, chip_of(name)
+        self.loops = loops
         self.chip, self.processors = Chip(1 << 16, True), 2
         self.world = world
 
@@ -236,7 +281,7 @@ class FakeDevice:
     def record(self, stream: FakeStream) -> FakeEvent:
         assert self.world.capture is None, "a graph has no events"
         event = FakeEvent(self.name, self.world)
-        self._put(stream, lambda: setattr(event, "happened", True))
+        self._put(stream, partial(event.happen, stream))
         return event
 
     def follow(self, stream: FakeStream, leader: FakeStream) -> None:
@@ -257,12 +302,18 @@ class FakeDevice:
             self.world.capture = None
         return capture.finish()
 
-    def replay(self, stream: FakeStream, graph: FakeGraph) -> None:
+    def loop(
+        self, stream: FakeStream, first: Callable[[], object], launches: Callable[[], object], again: Tensor
+    ) -> FakeLoop:
+        assert self.loops
+        return FakeLoop(first, self.capture(stream, launches), again)
+
+    def replay(self, stream: FakeStream, graph: FakeGraph | FakeLoop) -> None:
         assert stream.device == self.name and self.world.capture is None
         if self.name in self.world.lost:
             raise DeviceError(f"{self.name} is lost")
         self.world.calls += 1
-        stream.work.append(self.world.queue(graph.again()))
+        stream.work.append(self.world.queue(graph.again(stream)))
 
     def finish(self) -> None:
         while self.world.step():
@@ -427,9 +478,15 @@ class FakeAttention:
         rows = at(address + 8 * g.GRANT_WORDS, int(grant[g.GRANT_ROWS]) * g.ROW_WORDS)
         return grant, rows.reshape(-1, g.ROW_WORDS)
 
+    def ask_again(self) -> None:
+        """As kernels/triton/pass_again.py."""
+        grant, _ = self._grant()
+        held = at(grant[g.FLAGS], g.FLAG_WORDS)[g.HELD]
+        self.lane[w.AGAIN] = int(not grant[g.GRANT_OVER] and grant[g.GRANT_STEPS] > held)
+
     def begin(self) -> None:
         grant, rows = self._grant()
-        flags = at(grant[g.FLAGS], 1 + len(rows))
+        flags = at(grant[g.FLAGS], g.FLAG_WORDS + len(rows))
         going = [] if grant[g.GRANT_OVER] else range(len(rows))
         place, query = 0, 0
         for number in going:
@@ -483,7 +540,7 @@ class FakeAttention:
         grant, rows = self._grant()
         if grant[g.GRANT_OVER]:
             return
-        flags, going = at(grant[g.FLAGS], 1 + len(rows)), False
+        flags, going = at(grant[g.FLAGS], g.FLAG_WORDS + len(rows)), False
         if self.lane[w.FAILED]:
             grant[g.GRANT_OVER] = 1
             self._tell(g.SILENCE, int(grant[g.NUMBER]), 0, 0, 0)
@@ -506,6 +563,7 @@ class FakeAttention:
         if flags[g.RECALLED] or grant[g.GRANT_STEPS] == 0 or not going:
             grant[g.GRANT_OVER] = 1
             self._tell(g.END, int(grant[g.NUMBER]), 0, 0, 0)
+        self.ask_again()
 
     def _tell(self, kind: int, *values: int) -> None:
         records = int(self.lane[w.RECORDS])

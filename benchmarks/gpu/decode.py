@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from crosspool.core.ids import Nanoseconds
 from crosspool.core.spec import ModelSpec
 from crosspool.engine.engine import Engine
 from gpu.device import Gpu
-from gpu.models import free_memory, spec_of, start_engine, write_config
+from gpu.models import free_memory, replaying, spec_of, start_engine, write_config
 from gpu.results import Case, Figure, NotMeasured, at_most
 from gpu.serving import gaps_while_all_decode, host_time, random_request, serve
 
@@ -43,10 +44,11 @@ SMALL: dict[str, Any] = {
 
 
 class Model:
-    """An engine of one model, which is started when it is first needed and goes when it is closed."""
+    """An engine of one model, which is started when it is first needed and goes when it is closed. Without
+    ``loops`` the host launches each pass."""
 
-    def __init__(self, gpu: Gpu, weights_dtype: str = "auto") -> None:
-        self._gpu = gpu
+    def __init__(self, gpu: Gpu, weights_dtype: str = "auto", *, loops: bool = True) -> None:
+        self._gpu, self._loops = gpu, loops
         self._engine: Engine | None = None
         self.rng = random.Random(0)
         tiny = gpu.interpreted
@@ -76,7 +78,8 @@ class Model:
         if self._engine is None:
             _ = self._gpu.copy_bandwidth, self._gpu.matmul_peak
             free_memory(self._gpu)
-            self._engine = start_engine(self._gpu, self._config)
+            with nullcontext() if self._loops else replaying(self._gpu):
+                self._engine = start_engine(self._gpu, self._config)
         return self._engine
 
     def requests(self, count: int, prompt: int, output: int) -> list[Any]:
@@ -166,6 +169,16 @@ def close(gpu: Gpu, model: Model) -> list[Figure]:
     return [Figure("free memory", gpu.device.free_bytes / 1e9, "GB")]
 
 
+def replayed(gpu: Gpu, rows: int) -> list[Case]:
+    """The same without loops."""
+    model = Model(gpu, loops=False)
+    return [
+        Case(f"{rows} rows, a replay a pass", partial(tbt, gpu, model, rows), STARTS),
+        Case("host time, a replay a pass", partial(host, gpu, model), 90),
+        Case("end of replays", partial(close, gpu, model)),
+    ]
+
+
 def cases(gpu: Gpu) -> list[Case]:
     from gpu.variants import variants
 
@@ -177,6 +190,8 @@ def cases(gpu: Gpu) -> list[Case]:
     made.append(Case("host time", partial(host, gpu, model), 90))
     made.append(Case(f"a prompt of {model.prompt} tokens", partial(prefill, gpu, model), 90))
     made.append(Case("end", partial(close, gpu, model)))
+    if gpu.device.loops:
+        made += replayed(gpu, model.batches[0])
     made += [Case(f"{rows} rows, float8", partial(tbt, gpu, float8, rows), STARTS) for rows in float8.batches]
     made.append(Case("end, float8", partial(close, gpu, float8)))
     made.append(Case("graphs of 8 models of 3 geometries", partial(variants, gpu), 150))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -89,10 +90,55 @@ def making(gpu: Gpu) -> list[Figure]:
     ]
 
 
+@triton.jit
+def begin(left, rounds):
+    tl.store(left, rounds.to(tl.int64))
+
+
+@triton.jit
+def one_less(left):
+    tl.store(left, tl.load(left) - 1)
+
+
 def loop(gpu: Gpu) -> list[Figure]:
-    raise NotMeasured(
-        "a WHILE node needs device code linked with the CUDA device runtime, which no kernel here uses yet"
-    )
+    """Rounds of one node, and of many; a loop that ends before its first; and what it takes to make one."""
+    if not gpu.device.loops:
+        raise NotMeasured(f"the device has no loops: {gpu.device.no_loops}")
+    rounds, count = (3, 2) if gpu.interpreted else (ROUNDS, NODES)
+    counter, left = gpu.device.tensor((1,), torch.int32), gpu.device.tensor((1,), torch.int64)
+
+    def make(times: int, nodes: int) -> tuple[Callable[[], None], float]:
+        """How to launch such a loop, and how long it took to make."""
+
+        def body() -> None:
+            chain(counter, nodes)
+            one_less[(1,)](left, num_warps=1)
+
+        start = time.perf_counter()
+        made = gpu.device.loop(gpu.stream, lambda: begin[(1,)](left, times, num_warps=1), body, left)
+        gpu.device.finish()
+        return partial(gpu.device.replay, gpu.stream, made), time.perf_counter() - start
+
+    short, empty = make(rounds, 0)[0], make(0, 0)[0]
+    free = gpu.device.free_bytes
+    long, took = make(rounds, count)
+    taken = free - gpu.device.free_bytes
+    before = int(counter)
+    none, one, many = (gpu.seconds(launch) for launch in (empty, short, long))
+    if (int(counter) - before) % (rounds * count) or int(left):
+        raise RuntimeError(f"a loop of {rounds} rounds has made others")
+    start = time.perf_counter()
+    empty()
+    host = time.perf_counter() - start
+    gpu.device.finish()
+    return [
+        Figure("a round of one node", 1e6 * (one - none) / rounds, "us"),
+        Figure("a round of many nodes, a node", 1e6 * many / rounds / (count + 1), "us"),
+        Figure("a loop without rounds", 1e6 * none, "us"),
+        Figure("host's time of a launch", 1e6 * host, "us"),
+        Figure("making, a node", 1e6 * took / count, "us"),
+        Figure("memory, a node", taken / count, "bytes"),
+    ]
 
 
 def cases(gpu: Gpu) -> list[Case]:

@@ -125,6 +125,13 @@ def start_engine(gpu: Gpu, config: EngineConfig) -> Engine:
         return build_engine(config)
 
 
+@contextmanager
+def replaying(gpu: Gpu) -> Iterator[None]:
+    """Engines that are built inside launch each pass of a decode, although the device has loops."""
+    with patch.object(type(gpu.device), "loops", False):
+        yield
+
+
 def free_memory(gpu: Gpu) -> None:
     """Of engines and tensors that nobody has any more, before something large is made."""
     gc.collect()

@@ -32,7 +32,7 @@ SECTIONS = {
     "doorbell": 15,
     "ffn": 75,
     "attention": 65,
-    "decode": 185,
+    "decode": 225,
     "sharing": 115,
 }
 """In their order, with the seconds that each is expected to take: its share of what is left."""

@@ -7,6 +7,7 @@ gives a device.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from crosspool.backends import host_memory
+from crosspool.backends.cuda_loop import CudaLoop, CudaLoops
 from crosspool.core.errors import ConfigError, DeviceError, InvariantError, OutOfMemoryError
 from crosspool.kernels.triton.chip import shared_bytes
 from crosspool.kernels.triton.tiles import Chip
+
+_log = logging.getLogger(__name__)
 
 NAME = re.compile(r"cuda:(\d{1,2})(?:/(\d{1,2}))?")
 LEAST_CAPABILITY = (8, 0)
@@ -35,7 +39,10 @@ def make_cuda_devices(names: Sequence[str]) -> tuple[CudaDevice, ...]:
         if NAME.fullmatch(name) is None:
             raise ConfigError(f"device {name!r} is not a device name; names are like cuda:0 or cuda:0/1")
     _start(names[0])
-    return tuple(CudaDevice(name) for name in names)
+    devices = tuple(CudaDevice(name) for name in names)
+    for reason in {device.no_loops for device in devices} - {None}:
+        _log.warning("the host launches each pass of a decode, which a GPU could repeat itself: %s", reason)
+    return devices
 
 
 def _start(name: str) -> None:
@@ -73,7 +80,7 @@ class CudaEvent:
 
 
 class CudaDevice:
-    """backends.device.Device: a GPU, or one of several devices on it."""
+    """backends.device.Device: a GPU, or one of several devices on it. ``no_loops``: why it has none."""
 
     def __init__(self, name: str) -> None:
         match = NAME.fullmatch(name)
@@ -93,6 +100,12 @@ class CudaDevice:
             )
         self.chip = Chip(shared_bytes(self._index), capability >= FLOAT8_CAPABILITY)
         self.processors = properties.multi_processor_count
+        self._loops: CudaLoops | None = None
+        self.no_loops: str | None = None
+        try:
+            self._loops = CudaLoops()
+        except ConfigError as error:
+            self.no_loops = str(error)
         self._companions: dict[tuple[int, int], torch.cuda.Stream] = {}
         self._sealed: int | None = None
 
@@ -170,9 +183,35 @@ class CudaDevice:
             launches()
         return graph
 
-    def replay(self, stream: torch.cuda.Stream, graph: torch.cuda.CUDAGraph) -> None:
+    @property
+    def loops(self) -> bool:
+        return self._loops is not None
+
+    def loop(
+        self,
+        stream: torch.cuda.Stream,
+        first: Callable[[], object],
+        launches: Callable[[], object],
+        again: Tensor,
+    ) -> CudaLoop:
+        """Raises InvariantError if launches allocate: PyTorch does not know that they are recorded."""
+        assert self._loops is not None
+        for once in (first, launches):
+            self.run(stream, once)
+        self.finish()
+        before = self._allocations()
         with self._watching(), torch.cuda.stream(stream):
-            graph.replay()
+            loop = self._loops.record(stream.cuda_stream, first, launches, again.data_ptr())
+        if self._allocations() != before:
+            raise InvariantError(f"{self.name}: what is recorded in a loop allocates")
+        return loop
+
+    def replay(self, stream: torch.cuda.Stream, graph: torch.cuda.CUDAGraph | CudaLoop) -> None:
+        with self._watching(), torch.cuda.stream(stream):
+            if isinstance(graph, CudaLoop):
+                graph.launch(stream.cuda_stream)
+            else:
+                graph.replay()
 
     def finish(self) -> None:
         with _naming(self.name):

@@ -108,6 +108,22 @@ class Device(Protocol):
         """
         ...
 
+    @property
+    def loops(self) -> bool:
+        """Whether it can repeat launches without the host: then ``loop`` may be called."""
+        ...
+
+    def loop(
+        self,
+        stream: Stream,
+        first: Callable[[], object],
+        launches: Callable[[], object],
+        again: Tensor,
+    ) -> Graph:
+        """Record a graph that runs ``first``, and then ``launches`` for as long as the word ``again`` (int64
+        [1]) of the device is not 0; both write it. Each is run once before, so that all code is compiled."""
+        ...
+
     def replay(self, stream: Stream, graph: Graph) -> None:
         """Put a graph into the stream."""
         ...

@@ -21,6 +21,7 @@ from crosspool.core.sampling import SamplingParams
 from crosspool.core.spec import DType, FfnSpec, GqaSpec, LayerSpec, ModelSpec, RopeSpec
 from crosspool.core.topology import Sharding, Topology
 from crosspool.kernels.triton.crossing import Carried, Flag
+from crosspool.workers.cuda import lanes
 from crosspool.workers.cuda.crossing import Stored, way_between
 from crosspool.workers.cuda.feeder import FAILED, Feeder, route_of
 from crosspool.workers.cuda.flight import Flight
@@ -28,8 +29,18 @@ from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.grant import GrantMemory, Span
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan, LanesOf
 from crosspool.workers.cuda.lane_pass import LanePass, Remote
-from crosspool.workers.cuda.lanes import Lane
-from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, FakeSides, FakeStream, Oracle, World
+from crosspool.workers.cuda.lanes import LOOP_PASSES, Lane
+from helpers_fake_devices import (
+    ROUND_TIME,
+    VOCAB,
+    FakeAttention,
+    FakeDevice,
+    FakeEvent,
+    FakeSides,
+    FakeStream,
+    Oracle,
+    World,
+)
 
 pytestmark = pytest.mark.backend
 
@@ -51,6 +62,7 @@ SPEC = ModelSpec(
 LIMITS = GrantLimits(decode_rows=3, prefill_rows=2, prefill_tokens=16, steps=6, sequences=12)
 PLACEMENTS = {
     "one device": Topology(("a",), ("a",)),
+    "one device, loops": Topology(("a",), ("a",)),
     "two devices": Topology(("a",), ("b",)),
     "two that reach nobody": Topology(("A",), ("B",)),
     "two of one chip": Topology(("a/0",), ("a/1",)),
@@ -97,6 +109,9 @@ class Sequence:
         return self.prompt + self.said
 
 
+MOST_STEPS = 20_000
+
+
 class Clock:
     """Time goes on a little whenever somebody asks."""
 
@@ -111,12 +126,13 @@ class Clock:
 class Life:
     """A random scheduler over a feeder: who lives, dies and returns is drawn from ``rng``."""
 
-    def __init__(self, seed: int, topology: Topology, *, queues: bool = False) -> None:
+    def __init__(self, seed: int, placement: str, decode_lanes: int = 2, *, queues: bool = False) -> None:
         self.rng = random.Random(seed)
         self.world = World(self.rng)
         self.world.queues = {} if queues else None
-        self.topology = topology
-        self.devices = [FakeDevice(name, self.world) for name in topology.teams]
+        self.topology = topology = PLACEMENTS[placement]
+        self.loops = placement.endswith("loops")
+        self.devices = [FakeDevice(name, self.world, loops=self.loops) for name in topology.teams]
         geometry = Geometry(SPEC, LAYOUT, 1.0)
         self.models = {ModelIndex(n): FakeModel(geometry, 0, n) for n in range(2)}
         route = route_of(topology, KvDevice(0), LAYERS)
@@ -129,7 +145,7 @@ class Life:
             [(geometry, route)],
             LIMITS,
             topology.ffn_parts,
-            LanesOf(2, 2),
+            LanesOf(decode_lanes, 2),
             FakeSides(numbers, self.world),
         )
         self.arena = torch.full((PAGES, PAGE_BYTES // 8), -1, dtype=torch.int64).view(torch.uint8)
@@ -138,6 +154,8 @@ class Life:
         self.free = [PageId(page) for page in range(PAGES)]
         self.sequences: dict[RequestId, Sequence] = {}
         self.grants: dict[GrantId, list[tuple[Sequence, int]]] = {}
+        self.phases: dict[GrantId, Phase] = {}
+        self.times: list[int] = []
         self.errors: list[str | None] = []
         self.silence = False
         self._next = 0
@@ -197,6 +215,7 @@ class Life:
             grant_id, ModelIndex(model), phase, KvDevice(0), rows, steps, start, interval, Nanoseconds(50)
         )
         self.grants[grant_id] = [(s, tokens) for s, tokens, _ in parts]
+        self.phases[grant_id] = phase
         for s, _, _ in parts:
             s.busy = True
         self.feeder.submit(grant)
@@ -232,6 +251,9 @@ class Life:
 
     def _retired(self, event: RetiredEvent) -> None:
         self.errors.append(event.error)
+        told = not any(own.cancelled for own, _ in self.grants[event.grant])
+        if self.phases[event.grant] is Phase.DECODE and told and event.error is None:
+            self.times.append(event.layer_times[0])
         for own, tokens in self.grants[event.grant]:
             assert own.busy
             own.busy = False
@@ -257,8 +279,10 @@ class Life:
 
     def finish(self) -> None:
         """Everybody comes to an end."""
-        quiet = 0
+        quiet, steps = 0, 0
         while quiet < 30:
+            steps += 1
+            assert steps < MOST_STEPS, "it moves and comes to no end"
             self._submit()
             moved = self.feeder.step() | self.world.step()
             self._take()
@@ -271,10 +295,15 @@ class Life:
 
 def all_lives(placement: str, seeds: int, *, queues: bool = False) -> None:
     for seed in range(seeds):
-        life = Life(seed, PLACEMENTS[placement], queues=queues)
-        life.live(600)
-        life.finish()
+        life = Life(seed, placement, queues=queues)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lanes, "LOOP_PASSES", 1 + seed % 4)
+            life.live(600)
+            life.finish()
         assert set(life.errors) == {None} and len(life.errors) > 10
+        # A grant without a loop may be over before the host knows how long its pass has taken.
+        unknown = set() if life.loops else {0}
+        assert set(life.times) - unknown == {ROUND_TIME // (2 * LAYERS)}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -480,7 +509,7 @@ def test_it_is_seen_if(mutation: str, monkeypatch: pytest.MonkeyPatch, caplog) -
     mutate(monkeypatch)
     with pytest.raises((AssertionError, KeyError, ValueError, IndexError)), caplog.at_level(logging.CRITICAL):
         for seed in range(60):
-            life = Life(seed, PLACEMENTS[placement])
+            life = Life(seed, placement)
             life.live(600)
             life.finish()
 
@@ -492,7 +521,7 @@ def test_what_cannot_be_launched_fails_alone(caplog: pytest.LogCaptureFixture) -
     """Each fails at a random launch; whoever is beside it says what they say alone."""
     failed = 0
     for seed in range(20):
-        life = Life(seed, PLACEMENTS["two devices"])
+        life = Life(seed, "two devices")
         launch, rng = Flight.launch, random.Random(seed)
 
         def failing(flight: Flight, launch=launch, rng=rng) -> None:
@@ -515,7 +544,7 @@ def test_who_is_not_answered_fails_and_who_comes_later_does_not(
     """While a device waits, the others run nothing, for longer than that."""
     failed = 0
     for seed in range(15):
-        life = Life(seed, PLACEMENTS[placement])
+        life = Life(seed, placement)
         life.silence = True
         while life.world.waiting is None:
             life.live(1)
@@ -538,7 +567,7 @@ def test_who_is_launched_alone_fails_alone(device: str, caplog: pytest.LogCaptur
     failed = 0
     replay = FakeDevice.replay
     for seed in range(20):
-        life = Life(seed, PLACEMENTS["two devices"])
+        life = Life(seed, "two devices")
         life.silence, rng = True, random.Random(seed)
 
         def failing(self: FakeDevice, *arguments: Any, rng: random.Random = rng) -> None:
@@ -557,7 +586,7 @@ def test_who_is_launched_alone_fails_alone(device: str, caplog: pytest.LogCaptur
 
 def test_a_lost_device_ends_what_is_at_home_there_and_what_comes(caplog: pytest.LogCaptureFixture) -> None:
     for seed in range(20):
-        life = Life(seed, PLACEMENTS["two devices"])
+        life = Life(seed, "two devices")
         life.live(300)
         retired = len(life.errors)
         life.world.lost.add(random.Random(seed).choice("ab"))
@@ -575,3 +604,136 @@ def test_a_lost_device_ends_what_is_at_home_there_and_what_comes(caplog: pytest.
             life._arrive()
             life._submit()
         assert isinstance(life.feeder.take_events()[-1], RetiredEvent)
+
+
+# -- loops -------------------------------------------------------------------------------------------------
+
+
+def decode(life: Life, rows: list[int], interval: int = 0) -> GrantId:
+    """A grant of a decode whose rows want so many tokens, from prompts of one token."""
+    parts = []
+    for wanted in rows:
+        life._next += 1
+        pages = [life.free.pop() for _ in range(LAYOUT.chunks(1 + wanted))]
+        oracle = Oracle(0, LAYERS, 1)
+        new = Sequence(RequestId(life._next), 0, [life._next % VOCAB], wanted, oracle, pages, busy=True)
+        inputs = new.prompt
+        for _ in range(wanted):
+            new.expected.append(oracle.next(inputs))
+            inputs = new.expected[-1:]
+        life.sequences[new.id] = new
+        parts.append(new)
+    number = GrantId(len(life.grants))
+    life.grants[number], life.phases[number] = [(new, 1) for new in parts], Phase.DECODE
+    packed = tuple(life._row(new, 1, new.wanted) for new in parts)
+    times = (Nanoseconds(0), Nanoseconds(interval), Nanoseconds(50))
+    life.feeder.submit(Grant(number, ModelIndex(0), Phase.DECODE, KvDevice(0), packed, max(rows), *times))
+    return number
+
+
+def looping_life() -> Life:
+    """With one lane for decodes."""
+    life = Life(0, "one device, loops", 1)
+    life.devices[0].finish()
+    return life
+
+
+def settle(life: Life) -> None:
+    for _ in range(MOST_STEPS):
+        life.world.step()
+        life.feeder.step()
+        life._take()
+        if life.feeder.idle:
+            return
+    raise AssertionError("it comes to no end")
+
+
+def decode_streams(life: Life) -> list[FakeStream]:
+    return [lane.track.stream for lane in life.home.lanes if lane.phase is Phase.DECODE]
+
+
+def test_a_grant_alone_in_its_lane_is_launched_once() -> None:
+    life = looping_life()
+    decode(life, [20])
+    settle(life)
+    (stream,) = decode_streams(life)
+    assert (stream.loops, stream.rounds) == (1, 20)
+    assert life.times == [ROUND_TIME // (2 * LAYERS)]
+
+
+def test_a_loop_that_is_not_looked_after_makes_what_it_may_and_is_launched_again() -> None:
+    life = looping_life()
+    decode(life, [20])
+    (stream,) = decode_streams(life)
+    for made in (LOOP_PASSES, 20):
+        life.feeder.step()
+        while life.world.step():
+            pass
+        assert stream.rounds == made
+    life.feeder.step()
+    life._take()
+    assert stream.loops == 2 and life.feeder.idle and life.times == [ROUND_TIME // (2 * LAYERS)]
+
+
+def test_grants_in_one_lane_take_turns() -> None:
+    """The second comes while the first's loop runs, which lets it go before its next pass but one."""
+    life = looping_life()
+    first, turns = decode(life, [20]), []
+    for _ in range(12):
+        life.world.step()
+        life.feeder.step()
+    second = decode(life, [10])
+    while not life.feeder.idle:
+        life.world.step()
+        life.feeder.step()
+        turns += [event.grant for event in life.feeder._events if isinstance(event, TokenEvent)]
+        life._take()
+    begin = turns.index(second)
+    assert turns[:begin].count(first) <= 12
+    both = turns[begin : begin + 2 * 8]
+    assert all(abs(both[:n].count(first) - both[:n].count(second)) <= 2 for n in range(len(both)))
+    assert turns.count(first) == 20 and turns.count(second) == 10
+
+
+def test_a_loop_goes_on_in_a_smaller_pass_when_rows_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In passes of up to 4 rows until the host has heard of it, and one more."""
+    life, most = looping_life(), []
+    end = FakeAttention.end
+
+    def noting(self: FakeAttention) -> None:
+        most.append(len(self.rows.numbers))
+        end(self)
+
+    monkeypatch.setattr(FakeAttention, "end", noting)
+    decode(life, [3, 3, 20])
+    settle(life)
+    assert most[:3] == [4] * 3 and most[3:5] in ([4, 1], [1, 1]) and most[5:] == [1] * 15
+    (stream,) = decode_streams(life)
+    assert (stream.loops, stream.rounds) == (2, 20)
+
+
+def test_a_recalled_loop_ends_with_its_pass() -> None:
+    life = looping_life()
+    number = decode(life, [20])
+    while not life.feeder._flights[number].made:
+        life.world.step()
+        life.feeder.step()
+    life.feeder.recall(number)
+    settle(life)
+    (stream,) = decode_streams(life)
+    assert (stream.loops, stream.rounds) == (1, 2)
+
+
+def test_each_pass_of_a_loop_lets_one_layer_task_of_a_chunk_go_before_it() -> None:
+    """The host notes when each begins, as it does for passes that it launches."""
+    life = looping_life()
+    number = decode(life, [20], interval=10**6)
+    flight, begins = life.feeder._flights[number], []
+    while not life.feeder.idle:
+        life.world.step()
+        made = flight.made
+        life.feeder.step()
+        life._take()
+        if flight.made > made:
+            begins.append(flight.start_by)
+    assert len(set(begins[:-1])) == 19 and begins[:-1] == sorted(begins[:-1])

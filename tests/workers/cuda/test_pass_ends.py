@@ -14,12 +14,13 @@ from crosspool.core.kv_layout import KvLayout, LayerGroup
 from crosspool.core.sampling import SamplingParams
 from crosspool.kernels.triton.batch import Pass
 from crosspool.kernels.triton.grant_words import END, FAILURE, RECORD_WORDS, SILENCE, TOKEN
+from crosspool.kernels.triton.pass_again import ask_again
 from crosspool.kernels.triton.pass_begin import PassRows, begin_pass, enter
 from crosspool.kernels.triton.pass_end import end_pass
-from crosspool.kernels.triton.words import FAILED, LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
+from crosspool.kernels.triton.words import AGAIN, FAILED, LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.grant import GrantMemory, PackedGrant
 from helpers_devices import InterpretedDevice
-from helpers_triton_gates import needs_interpreter
+from helpers_triton_gates import ALL_TARGETS, Target, assert_builds_well, needs_interpreter
 
 pytestmark = [pytest.mark.backend, needs_interpreter]
 
@@ -75,6 +76,15 @@ class Lane:
         assert starts[lane[ROWS]] == lane[QUERIES]
         return passed
 
+    @property
+    def again(self) -> bool:
+        """Whether a loop would make one more pass."""
+        return bool(self.batch.lane[AGAIN])
+
+    def asks_again(self) -> bool:
+        ask_again(self.batch.lane)
+        return self.again
+
     def end(self, tokens: dict[int, int]) -> list[tuple[int, ...]]:
         """Rows choose these tokens. Returns what is written for the host: kind, grant, row, token, made."""
         for place, number in enumerate(self.rows.numbers.tolist()):
@@ -128,7 +138,11 @@ def run(lane: Lane, rng: random.Random, number: int) -> str:
     made, position = dict.fromkeys(alive, 0), {i: row.start for i, row in alive.items()}
     inputs = {i: list(row.tokens) for i, row in alive.items()}
     dropped: set[int] = set()
+    assert not lane.asks_again(), "the host has let it make none"
     for step in range(grant.steps + 1):
+        held = rng.randrange(grant.steps + 1)
+        packed.hold(held)
+        assert lane.asks_again() == (grant.steps - step > held)
         if rng.random() < 0.15:
             victim = rng.randrange(len(grant.rows))
             packed.drop(RequestId(victim))
@@ -167,8 +181,10 @@ def run(lane: Lane, rng: random.Random, number: int) -> str:
         over = fails or recalled or not alive or step + 1 == grant.steps
         end = (FAILURE if fails else END, number)
         assert seen == ([] if fails else wanted) + [end] * over
+        assert lane.again == (not over and grant.steps - step - 1 > held)
         if over:
-            assert lane.begin() == [] and lane.end({}) == []
+            packed.hold(0)
+            assert lane.begin() == [] and lane.end({}) == [] and not lane.asks_again()
             lane.memory.give_back(packed.span)
             return "fails" if fails else "recalled" if recalled else "empty" if not alive else "steps"
     raise AssertionError("it did not end")
@@ -201,3 +217,11 @@ def test_a_grant_whose_rows_are_all_dropped_ends_with_its_first_pass() -> None:
         packed.drop(row.request)
     assert lane.begin() == []
     assert lane.end({}) == [(END, 7)]
+
+
+@pytest.mark.parametrize("target", ALL_TARGETS, ids=str)
+def test_the_ends_of_passes_and_what_begins_a_loop_build(target: Target) -> None:
+    lane = Lane()
+    ends = (lane.batch.lane, lane.rows, MOST_ROWS, lane.records, lane.written)
+    assert_builds_well(lambda: end_pass(*ends), target, wide_loads=False)
+    assert_builds_well(lambda: ask_again(lane.batch.lane), target, wide_loads=False)

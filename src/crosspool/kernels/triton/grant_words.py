@@ -13,11 +13,12 @@ from __future__ import annotations
 GRANT_ROWS, GRANT_STEPS, GRANT_OVER, FLAGS, NUMBER = range(5, 10)
 GRANT_WORDS = 16
 """GRANT_STEPS still to do. GRANT_OVER is set with the last record: whatever is still queued for this grant
-does nothing. FLAGS is the address of int64 [1 + GRANT_ROWS] in host memory: RECALLED, and whether each row is
-still wanted. NUMBER says in records whose they are."""
+does nothing. FLAGS is the address of int64 [FLAG_WORDS + GRANT_ROWS] in host memory: RECALLED; HELD, of which
+loops make no pass when only so many of GRANT_STEPS are left; and from WANTED on whether each row is still
+wanted. NUMBER says in records whose they are."""
 
-RECALLED = 0
-WANTED = 1
+RECALLED, HELD, WANTED = range(3)
+FLAG_WORDS = WANTED
 
 # -- a row --------------------------------------------------------------------------------------------------
 FIRST, COUNT, INPUTS, TABLES, CHUNKS, CHOICE, ROW_STEPS, REMAINING = range(8)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosspool.kernels.triton import grant_words, words
+from crosspool.kernels.triton.pass_again import store_again
 from crosspool.kernels.triton.pass_begin import PassRows, grant_of, row_of_grant, wanted_rows
 
 _ROWS, _RECORDS = tl.constexpr(words.ROWS), tl.constexpr(words.RECORDS)
@@ -71,6 +72,7 @@ def _end_pass(lane, numbers, chosen, records, written, RING: tl.constexpr, MOST:
     going = tl.sum((there & wanted & (done == 0)).to(tl.int32))
     over = failed | recalled | (steps == 0) | (going == 0)
     tl.store(grant + _GRANT_OVER, over.to(tl.int64))
+    store_again(lane, grant, steps, over.to(tl.int64))
     told = chooses & wanted & (not failed)
     kind = tl.where(silent, _SILENCE, tl.where(failed, _FAILURE, _END)).to(tl.int64)
     _tell(lane, grant, number, told, token, made, over, kind, records, written, RING)

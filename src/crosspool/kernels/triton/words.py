@@ -11,14 +11,17 @@ never read: the geometry says which parts there are.
 from __future__ import annotations
 
 # -- a lane ------------------------------------------------------------------------------------------------
-LAYERS, EMBEDDING, FINAL_NORM, HEAD, FREQUENCIES, ROWS, QUERIES, STEPS, GRANT, RECORDS, FAILED = range(11)
+LAYERS, EMBEDDING, FINAL_NORM, HEAD, FREQUENCIES, ROWS, QUERIES, STEPS, GRANT, RECORDS, AGAIN, FAILED = range(
+    12
+)
 LANE_WORDS = 16
 MODEL_WORDS = 5
 """LAYERS is the address of the model's layers' words, LAYER_WORDS each. EMBEDDING and HEAD are [V, H],
 FINAL_NORM [H], in model dtype; FREQUENCIES is float32 [rotary pairs], the angle per position of each. These
 MODEL_WORDS are the grant's model's. ROWS and QUERIES of this pass; STEPS still to do. GRANT is the address of
 the words of the grant that the lane runs (grant_words.py). RECORDS counts what the lane has ever written into
-its ring. FAILED: another device has not answered, and nothing of the grant crosses any more (crossing.py)."""
+its ring. AGAIN is not 0 if a loop in the lane makes one more pass of the grant (pass_again.py). FAILED:
+another device has not answered, and nothing of the grant crosses any more (crossing.py)."""
 
 # -- a layer: attention ------------------------------------------------------------------------------------
 INPUT_NORM, FFN_NORM, QKV, QKV_BIAS, QUERY_NORM, KEY_NORM, OUTPUT, OUTPUT_BIAS = range(8)

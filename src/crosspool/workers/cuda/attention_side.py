@@ -11,6 +11,7 @@ from crosspool.kernels.triton.linear import Projection, linear, linear_room
 from crosspool.kernels.triton.logprobs import report
 from crosspool.kernels.triton.norm import embed, final_norm, layer_norm
 from crosspool.kernels.triton.parts import add_parts
+from crosspool.kernels.triton.pass_again import ask_again
 from crosspool.kernels.triton.pass_begin import begin_pass
 from crosspool.kernels.triton.pass_end import end_pass
 from crosspool.workers.cuda.attention import HomeSurroundings, attention_launches
@@ -49,6 +50,10 @@ class AttentionSidePass:
     def lane(self) -> Tensor:
         """The lane's words."""
         return self.batch.lane
+
+    def ask_again(self) -> None:
+        """Before a loop: whether there is a pass to be made."""
+        ask_again(self.lane)
 
     def begin(self) -> None:
         """Which rows go on, and their embeddings."""

@@ -33,7 +33,7 @@ from crosspool.workers.cuda.grant import PackedGrant
 from crosspool.workers.cuda.home import GrantLimits, Home
 from crosspool.workers.cuda.lane_pass import Route
 from crosspool.workers.cuda.model import DeviceModel
-from crosspool.workers.cuda.order import next_unit, note_unit, passed_at_begin
+from crosspool.workers.cuda.order import next_unit, note_pass, note_unit, passed_at_begin
 from crosspool.workers.cuda.pipe import TokenPipe
 from crosspool.workers.grant_rows import tokens_of
 
@@ -93,6 +93,7 @@ class Feeder:
             if any(row.request == request for row in flight.grant.rows):
                 flight.dropped.add(request)
                 flight.packed.drop(request)
+                _row_left(flight)
 
     def recall(self, grant: GrantId) -> None:
         if grant in self._flights:
@@ -147,6 +148,7 @@ class Feeder:
             except Exception:
                 _log.exception("a pass of model %d could not be launched", flight.grant.model)
                 flight.error = FAILED
+                flight.hold_back()
             fed = True
         return fed
 
@@ -163,6 +165,7 @@ class Feeder:
                 self._take_record(record)
                 taken = True
         for flight in self._at(home):
+            flight.settle()
             if flight.ended and not flight.retired:
                 self._retire(flight)
                 taken = True
@@ -185,13 +188,17 @@ class Feeder:
 
     def _take_token(self, flight: Flight, number: int, token: int, made: int) -> None:
         row = flight.grant.rows[number]
-        flight.made = max(flight.made, made)
+        if made > flight.made:
+            flight.made = made
+            if flight.looping and flight.ahead > 0:
+                note_pass(flight, self._flights_at(flight.route.home), self._clock.now())
         if row.request in flight.dropped:
             return
         assert row.choice is not None
         finish, leaves = row_after(row, made, token)
         if leaves:
             flight.gone.add(row.request)
+            _row_left(flight)
         asked = row.choice.params.logprobs is not None
         logprobs = flight.packed.logprobs(number, made) if asked else None
         delivered = False
@@ -220,7 +227,10 @@ class Feeder:
         self.told |= ends_wait
 
     def _at(self, home: Home) -> list[Flight]:
-        return [flight for flight in self._flights.values() if flight.route.home == home.team]
+        return self._flights_at(home.team)
+
+    def _flights_at(self, team: int) -> list[Flight]:
+        return [flight for flight in self._flights.values() if flight.route.home == team]
 
     def _fail(self, home: Home, error: DeviceError) -> None:
         """Something on the way of this home's grants has failed: they end, and so does whatever comes."""
@@ -234,6 +244,11 @@ class Feeder:
         if len(self._failed) == len(self._homes):
             self.broken = error
             self.told = True
+
+
+def _row_left(flight: Flight) -> None:
+    if flight.lane is not None:
+        flight.lane.row_left(flight)
 
 
 def route_of(topology: Topology, home: KvDevice, num_layers: int) -> Route:

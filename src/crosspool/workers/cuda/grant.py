@@ -72,7 +72,7 @@ class GrantMemory:
 def put_idle_grant(memory: GrantMemory, model: Sequence[int]) -> tuple[int, torch.Tensor, torch.Tensor]:
     """A grant that is over, for launches that are to compute nothing. Returns its address, and what is to be
     copied where."""
-    span = memory.take(8 * (words.GRANT_WORDS + 1))
+    span = memory.take(8 * (words.GRANT_WORDS + words.FLAG_WORDS))
     host = memory.host[span.begin : sum(span)]
     header = host.numpy().view(np.int64)
     header[:] = 0
@@ -101,7 +101,8 @@ class PackedGrant:
         self._choice_words: list[np.ndarray | None] = []
         header = self._take(words.GRANT_WORDS, np.int64)
         rows = self._take(len(grant.rows) * words.ROW_WORDS, np.int64)
-        self._flags, flags_at = self._fill([0, *(1 for _ in grant.rows)], np.int64)
+        flags = [0, grant.steps, *(1 for _ in grant.rows)]
+        self._flags, flags_at = self._fill(flags, np.int64)
         header[:] = 0
         header[:MODEL_WORDS] = model
         header[words.GRANT_ROWS], header[words.GRANT_STEPS] = len(grant.rows), grant.steps
@@ -128,6 +129,10 @@ class PackedGrant:
 
     def recall(self) -> None:
         self._flags[words.RECALLED] = 1
+
+    def hold(self, steps: int) -> None:
+        """Let loops make no pass when only so many of the grant's steps are left."""
+        self._flags[words.HELD] = steps
 
     def drop(self, request: RequestId) -> None:
         """Let a row stop at the next step."""
@@ -157,7 +162,7 @@ class PackedGrant:
         own[words.STOPS_AFTER] = row.choice.params.min_tokens - row.choice.output_index
 
     def _bytes(self, grant: Grant) -> int:
-        size = 8 * (words.GRANT_WORDS + len(grant.rows) * (words.ROW_WORDS + 1) + 1)
+        size = 8 * (words.GRANT_WORDS + words.FLAG_WORDS + len(grant.rows) * (words.ROW_WORDS + 1))
         for row, choice in zip(grant.rows, self._choices, strict=True):
             size += 8 * (1 + len(row.tokens) // 2) + 8 * (1 + sum(len(pages) for pages in row.pages) // 2)
             size += 0 if choice is None else choice.nbytes
@@ -181,4 +186,4 @@ def most_grant_bytes(rows: int, entries: int, tokens: int, listed: int) -> int:
     """Of one grant of up to so many rows, with page tables of ``entries`` in all groups, ``tokens`` inputs in
     all rows, and ``listed`` words of how a row chooses."""
     per_row = 8 * (words.ROW_WORDS + 4 + listed) + 4 * entries
-    return 8 * (words.GRANT_WORDS + 1) + rows * per_row + 4 * tokens + ALIGNMENT
+    return 8 * (words.GRANT_WORDS + words.FLAG_WORDS) + rows * per_row + 4 * tokens + ALIGNMENT

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crosspool.backends.device import Graph
 from crosspool.core.batch import Phase
-from crosspool.kernels.triton.words import LANE_WORDS
+from crosspool.kernels.triton.words import AGAIN, LANE_WORDS
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.crossing import Crossing, Port, Track, Way, make_crossing
 from crosspool.workers.cuda.geometry import Geometry
@@ -84,7 +84,8 @@ class Remote:
 @dataclass
 class LanePass:
     """Passes of one geometry, within limits, in one lane. Once ``record``\\ ed, launches go as graphs: one of
-    each team that runs by itself, and the home's of all the others."""
+    each team that runs by itself, and the home's of all the others. If it ``loops``, ``run`` makes as many
+    passes as the grant's host lets it (Flight)."""
 
     geometry: Geometry
     route: Route
@@ -93,6 +94,7 @@ class LanePass:
     ffn_at_home: FfnSide | None
     remotes: Mapping[int, Remote]
     sides: Sides
+    loops: bool = False
     _graphs: list[tuple[Track, Graph]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -118,15 +120,26 @@ class LanePass:
         _put([self._at_home(self.attention_side.end)])
 
     def record(self) -> None:
-        """Record graphs. What they launch is launched once before, by one team after another, so nobody may
-        wait: the lane is as if it had failed, until ``settle`` says otherwise."""
+        """Record graphs, or where the home does it all a loop, if its device has them. What they launch is
+        launched once before, by one team after another, so nobody may wait: the lane is as if it had failed,
+        until ``settle`` says otherwise."""
         self.settle(failed=True)
-        leader = {team: team if team in self._alone else self.home.team for team in self.route.teams}
         launches = list(self._everything())
+        self.loops = self.route.at_home and self.home.track.device.loops
+        if self.loops:
+            self._record_loop(launches)
+            return
+        leader = {team: team if team in self._alone else self.home.team for team in self.route.teams}
         for team in dict.fromkeys(leader.values()):
             track = self._ports[team].track
             own = [one for one in launches if leader[one.team] == team]
             self._graphs.append((track, track.device.capture(track.stream, partial(_put, own))))
+
+    def _record_loop(self, launches: Iterable[Launch]) -> None:
+        track, side = self.home.track, self.attention_side
+        again = side.lane[AGAIN : AGAIN + 1]
+        loop = track.device.loop(track.stream, side.ask_again, partial(_put, launches), again)
+        self._graphs.append((track, loop))
 
     def settle(self, *, failed: bool) -> None:
         """The other teams' streams have followed the home's, and it follows them: nothing crosses now, nor is

@@ -23,6 +23,10 @@ from crosspool.workers.cuda.sides import Sides
 AHEAD = 2
 """Units that a lane's stream has before the host waits for the first of them to have run."""
 
+LOOP_PASSES = 16
+"""Passes more that a loop may make at a time, if nobody else is in its lane: the fewer, the more often the
+host has to think of it; the more, the longer it runs if the host is gone."""
+
 
 class Unit(NamedTuple):
     """Work in a lane's stream, between two events."""
@@ -34,7 +38,7 @@ class Unit(NamedTuple):
 
 class Lane:
     """One lane. ``tracks`` are of the home's team and of all weights teams. Decodes of several grants may
-    take turns in a lane, pass by pass; a prompt chunk has it to itself."""
+    take turns in a lane, pass by pass; a prompt chunk has it to itself. A loop ends when others come."""
 
     def __init__(
         self, phase: Phase, home: int, tracks: Mapping[int, Track], around: HomeSurroundings, sides: Sides
@@ -46,6 +50,7 @@ class Lane:
         self._around = around
         self._sides = sides
         self._ring = Ring.on(tracks[home].device)
+        self._records, self._written = self._ring.records.numpy(), self._ring.written.numpy()
         self._read = 0
         self._passes: dict[tuple[Geometry, Route], list[tuple[Limits, LanePass]]] = {}
         self._units: deque[Unit] = deque()
@@ -62,6 +67,14 @@ class Lane:
     @property
     def may_bind(self) -> bool:
         return self.has_place and (self.phase is Phase.DECODE or not self.bound)
+
+    def takes(self, flight: Flight) -> bool:
+        """Whether it takes the flight's next unit now. A loop that is to become smaller ends first."""
+        if not flight.looping:
+            return self.has_place
+        if sum(other.ahead for other in self.bound if not other.over) >= AHEAD:
+            return False
+        return flight.queued == 0 or self._pass_for(flight) is flight.lane_pass
 
     def prepare(
         self,
@@ -96,16 +109,31 @@ class Lane:
 
     def bind(self, flight: Flight) -> None:
         """The flight runs here from now on: its words go to the device."""
+        for other in self.bound:
+            other.hold_back()
         self.bound.add(flight)
         flight.lane = self
         self.track.device.copy(self.track.stream, flight.packed.target, flight.packed.source)
 
     def put(self, flight: Flight) -> None:
-        """Put the flight's next unit into the streams. If that fails, what is there already still counts."""
-        device, stream = self.track.device, self.track.stream
-        begin = device.record(stream)
+        """Put the flight's next unit into the streams, or let the loop there make it. If that fails, what is
+        there already still counts."""
         if flight.decoding or flight.lane_pass is None:
             flight.lane_pass = self._pass_for(flight)
+        if flight.looping:
+            flight.let(self._passes_at_once(flight))
+            if flight.queued > 0:
+                return
+        self._launch(flight)
+
+    def row_left(self, flight: Flight) -> None:
+        """A loop of more rows than there are now is to end, for a smaller one."""
+        if flight.looping and flight.rows_left > 0 and self._pass_for(flight) is not flight.lane_pass:
+            flight.hold_back()
+
+    def _launch(self, flight: Flight) -> None:
+        device, stream = self.track.device, self.track.stream
+        begin = device.record(stream)
         try:
             if self._entered is not flight:
                 self._enter(flight)
@@ -137,16 +165,15 @@ class Lane:
     def records(self) -> list[list[int]]:
         """What the device has written since the last call, in order.
 
-        A lane has AHEAD units in its stream at most, so it never writes what has not been read.
+        A lane has few units in its stream, or to make in a loop, so it never writes what has not been read.
         """
-        written = int(self._ring.written.item())
+        written = int(self._written[0])
         if written == self._read:
             return []
-        fresh = []
-        for sequence in range(self._read + 1, written + 1):
-            words = self._ring.records[(sequence - 1) % RING_RECORDS].tolist()
-            assert words[RECORD_SEQUENCE] == sequence
-            fresh.append(words)
+        sequences = range(self._read + 1, written + 1)
+        places = [(sequence - 1) % RING_RECORDS for sequence in sequences]
+        fresh: list[list[int]] = self._records[places].tolist()
+        assert [words[RECORD_SEQUENCE] for words in fresh] == list(sequences)
         self._read = written
         return fresh
 
@@ -160,6 +187,11 @@ class Lane:
             device.run(stream, partial(sides.lead, port.words, model.lane_words(port.team)[0]))
         lane_pass.settle(failed=False)
         home.device.run(home.stream, partial(sides.enter, lane_pass.home.words, grant))
+
+    def _passes_at_once(self, flight: Flight) -> int:
+        """That a loop may make before the host looks again: their records have room in the ring."""
+        most = RING_RECORDS // (len(flight.grant.rows) + 1) - AHEAD
+        return max(1, min(LOOP_PASSES, most)) if len(self.bound) == 1 else 1
 
     def _enter(self, flight: Flight) -> None:
         assert flight.lane_pass is not None

@@ -1,7 +1,8 @@
 """Which unit goes into its lane's streams next: core/pick.py, over what is in flight at one home.
 
 A decode's pass is one unit: its kernels follow each other without the host, before those of prompts wherever
-both have work, for its stream is the more urgent one. A prompt chunk goes layer task by layer task, few of
+both have work, for its stream is the more urgent one. Of a loop that makes pass after pass, one begins when
+the host hears of the tokens of the one before. A prompt chunk goes layer task by layer task, few of
 them ahead, so that what the rule says of a chunk's next one is said just before it runs.
 """
 
@@ -37,11 +38,16 @@ def next_unit(flights: Collection[Flight], lanes: Iterable[Lane], now: int) -> F
 
 def note_unit(flight: Flight, flights: Collection[Flight], now: int) -> None:
     """Its next unit goes into a stream at ``now``: what that means for who comes later."""
-    if flight.decoding:
-        flight.start_by = now + flight.grant.interval
-        flight.passed = passed_at_begin(flight, flights)
-        return
-    flight.ends = note_chunk(flight.grant, flights, now)
+    if not flight.decoding:
+        flight.ends = note_chunk(flight.grant, flights, now)
+    elif not (flight.looping and flight.queued):
+        note_pass(flight, flights, now)
+
+
+def note_pass(flight: Flight, flights: Collection[Flight], now: int) -> None:
+    """A pass of a decode begins: from now on the rule is about the next one."""
+    flight.start_by = now + flight.grant.interval
+    flight.passed = passed_at_begin(flight, flights)
 
 
 def passed_at_begin(flight: Flight, flights: Collection[Flight]) -> int:
@@ -55,6 +61,6 @@ def _lane_for(flight: Flight, lanes: Iterable[Lane]) -> FlightLane | None:
     if not flight.goes_on:
         return None
     if flight.lane is not None:
-        return flight.lane if flight.lane.has_place else None
+        return flight.lane if flight.lane.takes(flight) else None
     free = [lane for lane in lanes if lane.phase is flight.grant.phase and lane.may_bind]
     return min(free, key=lambda lane: len(lane.bound), default=None)
