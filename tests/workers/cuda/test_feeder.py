@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -638,14 +638,21 @@ def looping_life() -> Life:
     return life
 
 
-def settle(life: Life) -> None:
+def looks(life: Life) -> Iterator[None]:
+    """After each step of the world and of the host, before tokens are taken, until nothing is in flight."""
     for _ in range(MOST_STEPS):
         life.world.step()
         life.feeder.step()
+        yield
         life._take()
         if life.feeder.idle:
             return
     raise AssertionError("it comes to no end")
+
+
+def settle(life: Life) -> None:
+    for _ in looks(life):
+        pass
 
 
 def decode_streams(life: Life) -> list[FakeStream]:
@@ -683,11 +690,8 @@ def test_grants_in_one_lane_take_turns() -> None:
         life.world.step()
         life.feeder.step()
     second = decode(life, [10])
-    while not life.feeder.idle:
-        life.world.step()
-        life.feeder.step()
+    for _ in looks(life):
         turns += [event.grant for event in life.feeder._events if isinstance(event, TokenEvent)]
-        life._take()
     begin = turns.index(second)
     assert turns[:begin].count(first) <= 12
     both = turns[begin : begin + 2 * 8]
@@ -715,11 +719,10 @@ def test_a_loop_goes_on_in_a_smaller_pass_when_rows_have_left(monkeypatch: pytes
 def test_a_recalled_loop_ends_with_its_pass() -> None:
     life = looping_life()
     number = decode(life, [20])
-    while not life.feeder._flights[number].made:
-        life.world.step()
-        life.feeder.step()
-    life.feeder.recall(number)
-    settle(life)
+    flight = life.feeder._flights[number]
+    for _ in looks(life):
+        if flight.made:
+            life.feeder.recall(number)
     (stream,) = decode_streams(life)
     assert (stream.loops, stream.rounds) == (1, 2)
 
@@ -729,11 +732,9 @@ def test_each_pass_of_a_loop_lets_one_layer_task_of_a_chunk_go_before_it() -> No
     life = looping_life()
     number = decode(life, [20], interval=10**6)
     flight, begins = life.feeder._flights[number], []
-    while not life.feeder.idle:
-        life.world.step()
-        made = flight.made
-        life.feeder.step()
-        life._take()
+    made = 0
+    for _ in looks(life):
         if flight.made > made:
+            made = flight.made
             begins.append(flight.start_by)
     assert len(set(begins[:-1])) == 19 and begins[:-1] == sorted(begins[:-1])
