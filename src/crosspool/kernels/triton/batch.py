@@ -93,3 +93,11 @@ def token_places(table, positions, there, page_stride, TOKENS: tl.constexpr, TOK
     page = tl.load(table + chunk, mask=there, other=-1)
     slot = positions - chunk * TOKENS
     return page.to(tl.int64) * page_stride + slot * TOKEN_STRIDE, page >= 0
+
+
+@triton.jit
+def any_here(table, begin, end, SPAN: tl.constexpr, TOKENS: tl.constexpr):
+    """Whether a page of positions ``begin`` to ``end - 1``, at most ``SPAN``, is on this device."""
+    chunk = begin // TOKENS + tl.arange(0, triton.next_power_of_2(SPAN // TOKENS + 2))
+    page = tl.load(table + chunk, mask=chunk <= (end - 1) // TOKENS, other=-1)
+    return tl.max(page, 0) >= 0
