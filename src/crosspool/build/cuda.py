@@ -10,20 +10,27 @@ import torch
 from crosspool.backends.cuda import CudaDevice
 from crosspool.backends.device import Device
 from crosspool.backends.factory import make_cuda_devices
-from crosspool.build.pool_plan import PoolPlan, choose_homes, ffn_bytes_by_layer, plan_pools
+from crosspool.build.pool_plan import (
+    PoolPlan,
+    choose_homes,
+    choose_layouts,
+    ffn_bytes_by_layer,
+    plan_pools,
+)
 from crosspool.build.workers import Compiling, Specs
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
-from crosspool.core.kv_layout import KvLayout, choose_page_bytes, make_layout
+from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
-from crosspool.core.topology import Sharding, Topology
+from crosspool.core.topology import Topology
 from crosspool.costs.layer import HardwareProfile
 from crosspool.models.weights import AttentionSideWeights, FfnWeights
 from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.cuda.attention import KvPages
 from crosspool.workers.cuda.executor import CudaExecutor
-from crosspool.workers.cuda.feeder import Feeder, route_of
+from crosspool.workers.cuda.feeder import Feeder, routes_of
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan, Key
 from crosspool.workers.cuda.model import TENSORS_PER_LAYER, DeviceModel, FfnPlace
@@ -64,7 +71,7 @@ class CudaMachine:
             raise OutOfMemoryError(f"lanes and grants on {name}", needed=besides[worst], free=sizes[worst])
         if pools.kv_pool_bytes is None:
             pools = replace(pools, device_bytes=left)
-        return plan_pools(replace(config, pools=pools), specs, left * len(sizes))
+        return plan_pools(replace(config, pools=pools), specs, left * len(sizes), copies_attention=True)
 
     def workers(self, plan: PoolPlan, specs: Specs) -> CudaWorkers:
         return CudaWorkers(self._config, self._devices, plan, specs)
@@ -81,11 +88,6 @@ def _check(config: EngineConfig) -> None:
     for model in config.models:
         if model.weights_dtype != "auto":
             raise ConfigError(f"model {model.name}: weights_dtype {model.weights_dtype} needs CPU devices")
-    if len(config.kv_devices) > 1 and config.topology.sharding is not Sharding.MODEL:
-        raise ConfigError(
-            "on GPUs a sequence has all its KV on one device: where models have no homes there is one KV "
-            f"device, not {', '.join(config.kv_devices)}"
-        )
 
 
 def _share(device: CudaDevice, devices: tuple[CudaDevice, ...]) -> int:
@@ -96,7 +98,8 @@ def _share(device: CudaDevice, devices: tuple[CudaDevice, ...]) -> int:
 def weights_bytes(spec: ModelSpec, topology: Topology, home: KvDevice) -> list[int]:
     """What the weights of a model take on the devices of all teams."""
     needed = [0] * len(topology.teams)
-    needed[topology.attention_team(home)] += spec.attention_side_bytes
+    for place in topology.attention_devices(home):
+        needed[topology.attention_team(place)] += spec.attention_side_bytes
     for layer, size in enumerate(ffn_bytes_by_layer(spec, topology)):
         for device in topology.ffn_devices(layer, home):
             needed[topology.weights_team(device)] += -(-size // topology.ffn_parts)
@@ -111,13 +114,13 @@ def bytes_between(spec: ModelSpec) -> int:
 
 def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device]) -> list[int]:
     """What each team's device needs beside weights and KV."""
-    page_bytes = config.pools.page_bytes or choose_page_bytes(specs.values())
-    homes = choose_homes(config.topology, specs)
+    topology, (_, layouts) = config.topology, choose_layouts(config, specs)
+    homes = choose_homes(topology, specs)
     keys: dict[KvDevice, set[Key]] = {}
     for model, spec in specs.items():
-        home = homes.get(model, KvDevice(0))
-        geometry = Geometry.of(spec, make_layout(spec, page_bytes))
-        keys.setdefault(home, set()).add((geometry, route_of(config.topology, home, spec.num_layers)))
+        geometry = Geometry.of(spec, layouts[model])
+        for home in topology.attention_devices(homes.get(model, KvDevice(0))):
+            keys.setdefault(home, set()).update(keys_of(topology, home, geometry))
     between = sum(bytes_between(spec) for spec in specs.values())
     needed = [between] * len(devices)
     for home, own in keys.items():
@@ -128,6 +131,11 @@ def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device])
         for team, size in sizes.items():
             needed[team] += size
     return needed
+
+
+def keys_of(topology: Topology, home: KvDevice, geometry: Geometry) -> list[Key]:
+    """What is prepared for models of a geometry, where they are at home here."""
+    return [(geometry, route) for route in routes_of(topology, home, geometry.num_layers)]
 
 
 def home_plan(
@@ -170,8 +178,10 @@ class CudaWorkers:
         self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
     ) -> None:
         self._used = {team: arena.room.used for team, arena in self._arenas.items()}
-        home = self._config.topology.attention_team(self._plan.home(model))
-        self._models[model] = DeviceModel(spec, layout, weights, self._arenas, home)
+        topology = self._config.topology
+        devices = topology.attention_devices(self._plan.home(model))
+        homes = [topology.attention_team(device) for device in devices]
+        self._models[model] = DeviceModel(spec, layout, weights, self._arenas, homes)
 
     def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
         topology = self._config.topology
@@ -195,14 +205,17 @@ class CudaWorkers:
             model.finish(topology.ffn_parts)
         runs: dict[KvDevice, dict[Key, DeviceModel]] = {}
         for index, model in self._models.items():
-            home = plan.home(index)
-            route = route_of(topology, home, model.geometry.num_layers)
-            runs.setdefault(home, {})[model.geometry, route] = model
+            for home in topology.attention_devices(plan.home(index)):
+                for key in keys_of(topology, home, model.geometry):
+                    runs.setdefault(home, {})[key] = model
+        kv: dict[int, KvPages] = {
+            topology.attention_team(device): KvPages(self._kv[device], plan.places.starts[device])
+            for device in plan.places.devices
+        }
         homes = []
         for home in plan.places.devices:
             models = runs.get(home, {})
             own = home_plan(self._config, self._devices, home, models.keys())
-            first_page = plan.places.starts[home]
-            homes.append(Home(own, self._kv[home], first_page, models, compiling))
+            homes.append(Home(own, kv, models, compiling))
         feeder = Feeder(topology, homes, self._models, own.limits, MonotonicClock())
         return CudaExecutor(feeder, self._devices)

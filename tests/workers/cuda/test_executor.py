@@ -57,6 +57,32 @@ def test_other_placements_make_the_same_tokens(models, expected, placement):
         assert [it.run(own)[0] for own in sequences] == [expected[model][0][:2] for model in (GQA, MLA)]
 
 
+TWO_KV = {
+    "apart": {"kv_devices": ("cuda:0", "cuda:1"), "weights_devices": ("cuda:2",)},
+    "together": {"kv_devices": ("cuda:0", "cuda:1"), "weights_devices": ("cuda:0", "cuda:1")},
+}
+LENT = {
+    "page by page": lambda chunk: chunk % 2,
+    "all elsewhere": lambda chunk: 1,
+    "its end": lambda chunk: int(chunk > 0),
+}
+
+
+@pytest.mark.parametrize("model", [GQA, MLA])
+@pytest.mark.parametrize("lent", LENT)
+@pytest.mark.parametrize("placement", TWO_KV)
+def test_pages_on_two_devices(models, expected, placement, lent, model):
+    """Beside a row that has all its pages at home; prompts in one chunk and in two, and decodes."""
+    with cuda_rig(*models, **TWO_KV[placement]) as it:
+        far = it.sequence(PROMPTS[1], 6, model=model, lent=LENT[lent])
+        near = it.sequence(PROMPTS[0], 6, model=model)
+        it.finish(it.grant(Phase.PREFILL, [(far, 20, 0)]))
+        it.finish(it.prefill(far, near))
+        it.finish(it.decode(5, far, near))
+        assert far.output == expected[model][1][:6]
+        assert near.output == expected[model][0][:6]
+
+
 def test_a_stop_token_and_sampling_as_the_reference(models, expected):
     tokens = expected[GQA][0]
     stop = tokens[2]

@@ -12,20 +12,25 @@ import pytest
 import torch
 
 from crosspool.core.batch import Grant, Phase, RetiredEvent, Row, TokenChoice, TokenEvent
+from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.kv_layout import KvLayout, LayerGroup
 from crosspool.core.request import FinishReason
 from crosspool.core.sampling import SamplingParams
 from crosspool.core.spec import DType, FfnSpec, GqaSpec, LayerSpec, ModelSpec, RopeSpec
 from crosspool.core.topology import Sharding, Topology
-from crosspool.workers.cuda.feeder import FAILED, Feeder, route_of
+from crosspool.kernels.triton.states import States
+from crosspool.workers.cuda.attention import KvPages
+from crosspool.workers.cuda.feeder import FAILED, Feeder, routes_of
 from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.grant import GrantMemory, Span
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan, LanesOf
 from crosspool.workers.cuda.lane_pass import LanePass
 from crosspool.workers.cuda.lanes import Lane
-from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, FakeSides, Oracle, World
+from crosspool.workers.cuda.spread import Other
+from helpers_fake_devices import VOCAB, FakeDevice, FakeEvent, Oracle, World
+from helpers_fake_spread import FakeElsewhere, SpreadSides
 
 pytestmark = pytest.mark.backend
 
@@ -50,6 +55,9 @@ PLACEMENTS = {
     "two devices": Topology(("a",), ("b",)),
     "by layer": Topology(("a",), ("b", "a")),
     "by tensor": Topology(("a",), ("b", "c", "a"), Sharding.TENSOR),
+    "two KV devices": Topology(("a", "b"), ("c",)),
+    "two of everything": Topology(("a", "b"), ("b", "a")),
+    "three KV devices, by tensor": Topology(("a", "b", "c"), ("c", "d"), Sharding.TENSOR),
 }
 
 
@@ -58,7 +66,7 @@ class FakeModel:
     """What the feeder wants of a DeviceModel."""
 
     geometry: Geometry
-    home: int
+    homes: tuple[int, ...]
     number: int
 
     def lane_words(self, team: int) -> list[int]:
@@ -74,6 +82,7 @@ class Sequence:
 
     id: RequestId
     model: int
+    home: KvDevice
     prompt: list[int]
     wanted: int
     oracle: Oracle
@@ -109,28 +118,36 @@ class Life:
         self.topology = topology
         self.devices = [FakeDevice(name, self.world) for name in topology.teams]
         geometry = Geometry(SPEC, LAYOUT, 1.0)
-        self.models = {ModelIndex(n): FakeModel(geometry, 0, n) for n in range(2)}
-        route = route_of(topology, KvDevice(0), LAYERS)
+        teams = tuple(range(len(topology.kv_devices)))
+        self.models = {ModelIndex(n): FakeModel(geometry, teams, n) for n in range(2)}
         numbers = {
             m.layers(team): m.number for m in self.models.values() for team in range(len(self.devices))
         }
-        plan = HomePlan(
-            0,
-            self.devices,
-            [(geometry, route)],
-            LIMITS,
-            topology.ffn_parts,
-            LanesOf(2, 2),
-            FakeSides(numbers),
-        )
-        self.arena = torch.full((PAGES, PAGE_BYTES // 8), -1, dtype=torch.int64).view(torch.uint8)
-        self.home = Home(plan, self.arena, 0, {(geometry, route): self.models[ModelIndex(0)]})
-        self.feeder = Feeder(topology, [self.home], self.models, LIMITS, Clock())
-        self.free = [PageId(page) for page in range(PAGES)]
+        self.places = DevicePages.of([PAGES + team for team in teams])
+        self.kv = {
+            team: KvPages(
+                torch.full((PAGES + team, PAGE_BYTES // 8), -1, dtype=torch.int64).view(torch.uint8),
+                self.places.starts[team],
+            )
+            for team in teams
+        }
+        self.homes = []
+        for home in self.places.devices:
+            keys = [(geometry, route) for route in routes_of(topology, home, LAYERS)]
+            sides, lanes = SpreadSides(numbers), LanesOf(2, 2)
+            plan = HomePlan(home, self.devices, keys, LIMITS, topology.ffn_parts, lanes, sides)
+            self.homes.append(Home(plan, self.kv, dict.fromkeys(keys, self.models[ModelIndex(0)])))
+        self.devices[0].finish()
+        self.feeder = Feeder(topology, self.homes, self.models, LIMITS, Clock())
+        self.free = [PageId(page) for page in range(self.places.total)]
         self.sequences: dict[RequestId, Sequence] = {}
         self.grants: dict[GrantId, list[tuple[Sequence, int]]] = {}
-        self.errors: list[str | None] = []
+        self.ends: dict[GrantId, str | None] = {}
         self._next = 0
+
+    @property
+    def errors(self) -> list[str | None]:
+        return list(self.ends.values())
 
     def _arrive(self) -> None:
         prompt = [self.rng.randrange(VOCAB) for _ in range(self.rng.randrange(1, 9))]
@@ -139,11 +156,15 @@ class Life:
         if needed > len(self.free) or len(self.sequences) >= LIMITS.sequences:
             return
         self.rng.shuffle(self.free)
+        home = self.rng.choice(self.places.devices)
+        if self.rng.random() < 0.5:
+            # As much of it as there is room for is at home.
+            self.free.sort(key=lambda page: self.places.device_of(page) != home)
         pages, self.free = self.free[:needed], self.free[needed:]
         self._next += 1
         model = self.rng.randrange(2)
         oracle = Oracle(model, LAYERS, self.topology.ffn_parts)
-        new = Sequence(RequestId(self._next), model, prompt, wanted, oracle, pages)
+        new = Sequence(RequestId(self._next), model, home, prompt, wanted, oracle, pages)
         inputs = prompt
         for _ in range(wanted):
             new.expected.append(oracle.next(inputs))
@@ -159,9 +180,9 @@ class Life:
         return Row(sequence.id, begin, inputs, (tuple(sequence.pages),), choice, steps)
 
     def _submit(self) -> None:
-        model = self.rng.randrange(2)
+        model, home = self.rng.randrange(2), self.rng.choice(self.places.devices)
         idle = [s for s in self.sequences.values() if not s.busy and s.model == model and not s.cancelled]
-        idle = [s for s in idle if len(s.said) < s.wanted]
+        idle = [s for s in idle if len(s.said) < s.wanted and s.home == home]
         self.rng.shuffle(idle)
         phase = self.rng.choice((Phase.DECODE, Phase.PREFILL))
         if phase is Phase.DECODE:
@@ -183,9 +204,9 @@ class Life:
         # Passes for nothing are what a stop token before the last step leaves.
         steps = max(1, *(row.steps for row in rows), 1) + (phase is Phase.DECODE) * self.rng.choice((0, 2))
         interval = Nanoseconds(self.rng.randrange(500))
-        grant = Grant(
-            grant_id, ModelIndex(model), phase, KvDevice(0), rows, steps, start, interval, Nanoseconds(50)
-        )
+        holding = {self.places.device_of(page) for s, *_ in parts for page in s.pages} - {home}
+        elsewhere, cost = tuple(sorted(holding)), Nanoseconds(50)
+        grant = Grant(grant_id, ModelIndex(model), phase, home, rows, steps, start, interval, cost, elsewhere)
         self.grants[grant_id] = [(s, tokens) for s, tokens, _ in parts]
         for s, _, _ in parts:
             s.busy = True
@@ -205,7 +226,8 @@ class Life:
         """Its pages are anybody's now."""
         self.free += sequence.pages
         for page in sequence.pages:
-            self.arena[page] = 255
+            own = self.kv[self.places.device_of(page)]
+            own.arena[page - own.first] = 255
         del self.sequences[sequence.id]
 
     def _take(self) -> None:
@@ -221,7 +243,7 @@ class Life:
                 self._retired(event)
 
     def _retired(self, event: RetiredEvent) -> None:
-        self.errors.append(event.error)
+        self.ends[event.grant] = event.error
         for own, tokens in self.grants[event.grant]:
             assert own.busy
             own.busy = False
@@ -254,8 +276,10 @@ class Life:
             self._take()
             quiet = 0 if moved or self.sequences else quiet + 1
             assert quiet or moved or any(not s.busy for s in self.sequences.values()), "nothing moves"
-        assert self.feeder.idle and sorted(self.free) == list(range(PAGES))
-        assert self.home.memory.free_bytes == len(self.home.memory.host) - 256 * len(self.home.lanes)
+        assert self.feeder.idle and sorted(self.free) == list(range(self.places.total))
+        for home in self.homes:
+            idle = 256 * len(home.lanes) * (1 if len(self.homes) == 1 else 2)
+            assert home.memory.free_bytes == len(home.memory.host) - idle
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -270,11 +294,12 @@ def test_everybody_says_what_they_say_alone(placement: str) -> None:
 # -- what must not be left out -----------------------------------------------------------------------------
 
 
-def without_waits(patch: pytest.MonkeyPatch, device: str) -> None:
+def without_waits(patch: pytest.MonkeyPatch, device: str, of: str | None = None) -> None:
+    """``device`` waits for no events, or for none of one other."""
     wait = FakeDevice.wait
 
-    def some(self: FakeDevice, stream: object, event: object) -> None:
-        if self.name != device:
+    def some(self: FakeDevice, stream: object, event: FakeEvent) -> None:
+        if self.name != device or of not in (None, event.device):
             wait(self, stream, event)
 
     patch.setattr(FakeDevice, "wait", some)
@@ -318,6 +343,30 @@ MUTATIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         "two devices",
         lambda patch: patch.setattr(LanePass, "attention", _keeping_told(LanePass.attention)),
     ),
+    "other KV devices do not wait for the home": (
+        "two KV devices",
+        lambda patch: without_waits(patch, "b", of="a"),
+    ),
+    "the home does not wait for other KV devices": (
+        "two KV devices",
+        lambda patch: without_waits(patch, "a", of="b"),
+    ),
+    "page tables are told once": (
+        "two KV devices",
+        lambda patch: patch.setattr(Other, "_tell", _once_each(Other._tell)),
+    ),
+    "other KV devices take the home's page tables": (
+        "two KV devices",
+        lambda patch: patch.setattr(FakeElsewhere, "begin", lambda self: None),
+    ),
+    "states of one of two other devices are left out": (
+        "three KV devices, by tensor",
+        lambda patch: patch.setattr(Flight, "launch", _asking(lambda others: others[:1])),
+    ),
+    "what is not asked is not forgotten": (
+        "three KV devices, by tensor",
+        lambda patch: patch.setattr(States, "clear", lambda self: None),
+    ),
     "a grant's words are not copied": (
         "one device",
         lambda patch: patch.setattr(Lane, "bind", _without_copy(Lane.bind)),
@@ -350,6 +399,28 @@ def _unless(method: Callable[..., None], condition: Callable[..., bool]) -> Call
             method(*arguments)
 
     return guarded
+
+
+def _once_each(tell: Callable[[Other, object], None]) -> Callable[[Other, object], None]:
+    told: set[tuple[int, int]] = set()
+
+    def once(self: Other, home: object) -> None:
+        key = (id(self.side), len(self.side.normed))
+        if key not in told:
+            told.add(key)
+            tell(self, home)
+
+    return once
+
+
+def _asking(choose: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[[Flight], None]:
+    launch = Flight.launch
+
+    def some(self: Flight) -> None:
+        self.others = choose(self.others)
+        launch(self)
+
+    return some
 
 
 def _keeping_told(attention: Callable[..., None]) -> Callable[..., None]:
@@ -424,3 +495,36 @@ def test_a_lost_device_ends_what_is_at_home_there_and_what_comes(caplog: pytest.
             life._arrive()
             life._submit()
         assert isinstance(life.feeder.take_events()[-1], RetiredEvent)
+
+
+def test_a_lost_kv_device_ends_what_goes_there_and_lets_others_end(caplog: pytest.LogCaptureFixture) -> None:
+    """Its streams stand still, and so do those that wait for them. Nothing begins any more, and when all that
+    goes on has ended, nothing can be relied on."""
+    went_on = failed = 0
+    for seed in range(60):
+        life = Life(seed, PLACEMENTS["two KV devices"])
+        life.live(200)
+        life.world.lost.add("b")
+        flights = list(life.feeder._flights.values())
+        visited = any(flight.others for flight in flights)
+        there = any(flight.grant.kv_device == 1 and flight.queued for flight in flights)
+        with caplog.at_level(logging.CRITICAL):
+            for _ in range(600):
+                life.world.step()
+                life.feeder.step()
+                life._take()
+        assert life.feeder.idle and len(life.ends) == len(life.grants)
+        assert (life.feeder.broken is not None) or not (visited or there)
+        for flight in flights:
+            error = life.ends[flight.grant.id]
+            if flight.grant.kv_device == 0 and not visited:
+                assert error is None
+                went_on += 1
+            failed += error == FAILED
+        if life.feeder.broken is not None:
+            grants = len(life.grants)
+            while len(life.grants) == grants:
+                life._arrive()
+                life._submit()
+            assert life.feeder.take_events()[-1].error == FAILED
+    assert went_on > 5 and failed > 50

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.backend, needs_interpreter]
 LAYOUT = KvLayout(4096, 16, (LayerGroup((0,), None), LayerGroup((1,), None)), 128, (0, 1), (0, 0))
 MOST_ROWS, MOST_QUERIES, MOST_CHUNKS, RING = 6, 64, 8, 16
 FIRST_PAGE = 70
+PAGES = range(FIRST_PAGE, FIRST_PAGE + 1000)
 MODEL = (10, 20, 30, 40, 50)
 
 
@@ -54,7 +55,7 @@ class Lane:
         self.read = 0
 
     def put(self, grant: Grant) -> PackedGrant:
-        packed = PackedGrant(grant, MODEL, LAYOUT, self.memory, FIRST_PAGE)
+        packed = PackedGrant(grant, MODEL, LAYOUT, self.memory, PAGES)
         packed.target.copy_(packed.source)
         enter(self.batch.lane, packed.address)
         return packed

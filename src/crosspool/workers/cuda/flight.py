@@ -44,6 +44,7 @@ class Flight:
     has said that nothing more will come of it. ``error``: why the grant fails.
 
     ``dropped`` are requests that the engine wants no more of, and ``gone`` those whose rows have left.
+    ``others`` are the teams of the KV devices beside its home that have pages of its rows.
     ``start_by`` and ``passed`` as in core/pick.py, of the next unit. ``ends`` is when the last layer task of
     a chunk is expected to end. ``spans`` are measured times of units.
     """
@@ -53,6 +54,7 @@ class Flight:
     model: DeviceModel
     route: Route
     start_by: int
+    others: tuple[int, ...] = ()
     lane: FlightLane | None = None
     lane_pass: LanePass | None = None
     put: int = 0
@@ -119,6 +121,7 @@ class Flight:
         """Put the next unit into the lane's streams."""
         lane_pass, unit = self.lane_pass, self.put
         assert lane_pass is not None
+        lane_pass.asked = self.others
         if self.decoding:
             lane_pass.run()
         elif unit < 2 * lane_pass.geometry.num_layers:

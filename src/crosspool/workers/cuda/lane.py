@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crosspool.backends.device import Device
+from crosspool.backends.device import Device, Stream
 from crosspool.kernels.triton.batch import Pass
 from crosspool.kernels.triton.choice import ChoiceRoom, blocks_of
 from crosspool.kernels.triton.grant_words import RECORD_WORDS
@@ -29,6 +29,16 @@ class Limits:
 
     rows: int
     queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """A lane on one device: its stream there, and the memory it works in."""
+
+    device: Device
+    stream: Stream
+    memory: Tensor
+    zeros: Tensor
 
 
 @dataclass(frozen=True, slots=True)

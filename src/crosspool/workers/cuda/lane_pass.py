@@ -7,31 +7,22 @@ stream. (Peers that can store into each other's memory would rather do that, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from crosspool.backends.device import Device, Event, Graph, Stream
+from crosspool.backends.device import Event, Graph
 from crosspool.core.batch import Phase
 from crosspool.kernels.triton.words import LANE_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.geometry import Geometry
-from crosspool.workers.cuda.lane import Limits, Ring
+from crosspool.workers.cuda.lane import Limits, Ring, Track
 from crosspool.workers.cuda.room import Room
-from crosspool.workers.cuda.sides import AttentionSide, FfnSide, Sides
-
-
-@dataclass(frozen=True, slots=True)
-class Track:
-    """A lane on one device: its stream there, and the memory it works in."""
-
-    device: Device
-    stream: Stream
-    memory: Tensor
-    zeros: Tensor
+from crosspool.workers.cuda.sides import AttentionSide, FfnSide, Sides, SpreadSide
+from crosspool.workers.cuda.spread import Other
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +40,23 @@ class Remote:
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where the halves of a geometry's layers are: ``home`` and, of each layer, the teams that make a part of
-    its FFN, in the order in which parts are added."""
+    its FFN, in the order in which parts are added. If contexts may lie on several KV devices, ``kv`` are
+    their teams, in the order in which states are merged; otherwise nobody."""
 
     home: int
     ffns: tuple[tuple[int, ...], ...]
+    kv: tuple[int, ...] = ()
 
     @property
     def teams(self) -> tuple[int, ...]:
         """All of them, the home first."""
-        return tuple(dict.fromkeys((self.home, *(team for layer in self.ffns for team in layer))))
+        ffns = (team for layer in self.ffns for team in layer)
+        return tuple(dict.fromkeys((self.home, *ffns, *self.kv)))
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The KV devices that are not its home."""
+        return tuple(team for team in self.kv if team != self.home)
 
     @property
     def at_home(self) -> bool:
@@ -72,7 +71,10 @@ class Route:
 
 @dataclass
 class LanePass:
-    """Passes of one geometry, within limits, in one lane. Once ``record``\\ ed, launches go as graphs."""
+    """Passes of one geometry, within limits, in one lane. Once ``record``\\ ed, launches go as graphs.
+
+    ``spread`` and ``others`` are the home and the other KV devices of contexts on several of them. Of these,
+    the teams ``asked`` have pages of the grant that runs."""
 
     geometry: Geometry
     route: Route
@@ -80,6 +82,10 @@ class LanePass:
     attention_side: AttentionSide
     ffn_at_home: FfnSide | None
     remotes: Mapping[int, Remote]
+    words: Mapping[int, tuple[Track, Tensor]]
+    spread: SpreadSide | None = None
+    others: Sequence[Other] = ()
+    asked: Collection[int] = ()
     _graphs: dict[object, Graph] = field(default_factory=dict)
     _told: set[int] = field(default_factory=set)
 
@@ -97,6 +103,9 @@ class LanePass:
         """The attention half of a layer; that of the first begins the pass."""
         if layer == 0:
             self._told.clear()
+        if self.spread is not None:
+            self._attention_spread(layer, self.spread)
+            return
         self._launch(self.home, ("attention", layer), partial(self._attention, layer))
 
     def ffn(self, layer: int) -> None:
@@ -124,7 +133,7 @@ class LanePass:
             self._record(self.home, ("pass",), self._everything)
             return
         for layer in layers:
-            self._record(self.home, ("attention", layer), partial(self._attention, layer))
+            self._record_attention(layer)
             for part, team in enumerate(self.route.ffns[layer]):
                 if team == self.route.home:
                     self._record(self.home, ("ffn", layer), partial(self._ffn, layer, part))
@@ -133,6 +142,32 @@ class LanePass:
                 launches = partial(remote.side.ffn, layer, remote.input, remote.output)
                 self._record(remote.track, ("ffn", layer, team), launches)
         self._record(self.home, ("head",), self.attention_side.head)
+
+    def _record_attention(self, layer: int) -> None:
+        if self.spread is None:
+            self._record(self.home, ("attention", layer), partial(self._attention, layer))
+            return
+        self._record(self.home, ("norm", layer), partial(self._norm, layer))
+        for other in self.others:
+            self._record(other.track, other.key(layer), other.launches(layer))
+        self._record(self.home, ("part", layer), partial(self.spread.part, layer))
+        self._record(self.home, ("merge", layer), partial(self.spread.merge, layer))
+
+    def _attention_spread(self, layer: int, spread: SpreadSide) -> None:
+        """An attention half on all KV devices that are asked; the states of others are nothing."""
+        device, stream = self.home.device, self.home.stream
+        self._launch(self.home, ("norm", layer), partial(self._norm, layer))
+        normed = device.record(stream)
+        done = []
+        for other in self.others:
+            if other.team in self.asked:
+                done.append(other.attend(layer, spread, normed, self._launch))
+            elif layer == 0:
+                device.run(stream, spread.states.part(other.part).clear)
+        self._launch(self.home, ("part", layer), partial(spread.part, layer))
+        for event in done:
+            device.wait(stream, event)
+        self._launch(self.home, ("merge", layer), partial(spread.merge, layer))
 
     def _ffn_elsewhere(self, layer: int, part: int, team: int, done: Event) -> None:
         remote, hidden = self.remotes[team], self.attention_side.hidden
@@ -163,6 +198,12 @@ class LanePass:
             self.attention_side.begin()
         self.attention_side.attention(layer)
 
+    def _norm(self, layer: int) -> None:
+        assert self.spread is not None
+        if layer == 0:
+            self.spread.begin()
+        self.spread.norm(layer)
+
     def _ffn(self, layer: int, part: int) -> None:
         hidden = self.attention_side.hidden
         assert self.ffn_at_home is not None
@@ -188,17 +229,36 @@ def make_pass(
 ) -> LanePass:
     """``rooms`` are one of each team of the route; what is carved from them tells how large they must be."""
     home, queries = route.home, limits.queries
-    attention = sides.attention(geometry, limits, phase, around, ring, rooms[home])
-    ffn_at_home, remotes = None, {}
+    attention: AttentionSide
+    spread, others = None, []
+    if route.kv:
+        place = route.kv.index(home), len(route.kv)
+        attention = spread = sides.spread_attention(
+            geometry, limits, phase, around, ring, rooms[home], *place
+        )
+    else:
+        attention = sides.attention(geometry, limits, phase, around, ring, rooms[home])
+    ffn_at_home, remotes, words = None, {}, {}
     for team in route.teams:
         room, chip = rooms[team], tracks[team].device.chip
+        computes = any(team in layer for layer in route.ffns)
         if team == home:
-            if any(home in layer for layer in route.ffns):
+            if computes:
                 part = route.part(home)
                 ffn_at_home = sides.ffn(geometry, queries, *part, chip, attention.lane, room)
             continue
-        words = room.take((LANE_WORDS,), torch.int64)
-        ins, out = (room.take((queries, geometry.hidden), geometry.dtype) for _ in range(2))
-        side = sides.ffn(geometry, queries, *route.part(team), chip, words, room)
-        remotes[team] = Remote(tracks[team], words, ins, out, side)
-    return LanePass(geometry, route, tracks[home], attention, ffn_at_home, remotes)
+        own = room.take((LANE_WORDS,), torch.int64)
+        words[team] = tracks[team], own
+        if computes:
+            ins, out = (room.take((queries, geometry.hidden), geometry.dtype) for _ in range(2))
+            side = sides.ffn(geometry, queries, *route.part(team), chip, own, room)
+            remotes[team] = Remote(tracks[team], own, ins, out, side)
+        if team in route.kv:
+            elsewhere = sides.attention_elsewhere(
+                geometry, limits, phase, around.others[team], chip, own, room
+            )
+            others.append(Other(team, route.kv.index(team), tracks[team], elsewhere))
+    asked = route.others
+    return LanePass(
+        geometry, route, tracks[home], attention, ffn_at_home, remotes, words, spread, others, asked
+    )

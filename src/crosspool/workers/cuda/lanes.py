@@ -13,8 +13,8 @@ from crosspool.kernels.triton.grant_words import RECORD_SEQUENCE
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.flight import Flight
 from crosspool.workers.cuda.geometry import Geometry
-from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring
-from crosspool.workers.cuda.lane_pass import LanePass, Route, Track, make_pass
+from crosspool.workers.cuda.lane import RING_RECORDS, Limits, Ring, Track
+from crosspool.workers.cuda.lane_pass import LanePass, Route, make_pass
 from crosspool.workers.cuda.model import DeviceModel
 from crosspool.workers.cuda.room import Room
 from crosspool.workers.cuda.sides import Sides
@@ -24,11 +24,12 @@ AHEAD = 2
 
 
 class Unit(NamedTuple):
-    """Work in a lane's stream, between two events."""
+    """Work in a lane's stream, between two events. ``others`` are of the other devices that take part."""
 
     flight: Flight
     begin: Event
     end: Event
+    others: tuple[Event, ...]
 
 
 class Lane:
@@ -114,7 +115,12 @@ class Lane:
             raise
         finally:
             flight.queued += 1
-            self._units.append(Unit(flight, begin, device.record(stream)))
+            self._units.append(Unit(flight, begin, device.record(stream), self._reached(flight)))
+
+    def _reached(self, flight: Flight) -> tuple[Event, ...]:
+        """Where the other devices of its way are now."""
+        tracks = [self._tracks[team] for team in flight.route.teams if team != self.home]
+        return tuple(track.device.record(track.stream) for track in tracks)
 
     def _join(self) -> None:
         """What comes into the home's stream waits for all others."""
@@ -123,9 +129,13 @@ class Lane:
                 self.track.device.wait(self.track.stream, track.device.record(track.stream))
 
     def units_done(self) -> Iterator[Unit]:
-        """Those that have run since the last call, in order."""
+        """Those that have run since the last call, in order. Raises DeviceError, also if a device has failed
+        for which the first that has not run may wait."""
         while self._units and self._units[0].end.done():
             yield self._units.popleft()
+        if self._units:
+            for event in self._units[0].others:
+                event.done()
 
     def release(self, flight: Flight) -> None:
         """Nothing of the flight is in the streams, nor will be."""
@@ -153,9 +163,9 @@ class Lane:
         """The lane runs the grant at this address from now on, with this model's weights."""
         sides, lane = self._sides, lane_pass.attention_side.lane
         self.track.device.run(self.track.stream, partial(sides.enter, lane, grant))
-        for team, remote in lane_pass.remotes.items():
-            layers = model.lane_words(team)[0]
-            remote.track.device.run(remote.track.stream, partial(sides.lead, remote.words, layers))
+        for team, (track, words) in lane_pass.words.items():
+            layers, *_, frequencies = model.lane_words(team)
+            track.device.run(track.stream, partial(sides.lead, words, layers, frequencies))
 
     def _enter(self, flight: Flight) -> None:
         assert flight.lane_pass is not None
