@@ -118,7 +118,7 @@ def unwritten(rows: Rows, queries: int, context: int, parts: int) -> States:
 
 
 def decoded_in_folded_states(rows: Rows, owner: Tensor, home: int) -> Tensor:
-    """Each of three devices folds what it has, the home from states of blocks, the others from 3 splits."""
+    """Each of three devices folds what it has, the home from states of blocks, the others from 2 splits."""
     query, out = rows.room()
     batch, kv = rows.batch(), rows.arena.kv(rows.window)
     folded = unwritten(rows, len(query), 1, 3)
@@ -129,7 +129,7 @@ def decoded_in_folded_states(rows: Rows, owner: Tensor, home: int) -> Tensor:
             attend_blocks(own, kv, rows.shape, query, states, 2, sparse=True)
             fold_states(own, states, rows.window, folded.part(part))
         else:
-            states = unwritten(rows, len(query), 700, 1)
+            states = unwritten(rows, len(query), 2 * BLOCK, 1)
             attend_splits(own, kv, rows.shape, query, states)
             fold_states(own, states, None, folded.part(part))
     merge_states(batch, folded, None, out)

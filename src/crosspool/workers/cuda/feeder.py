@@ -228,18 +228,8 @@ class Feeder:
         return [flight for flight in self._flights.values() if flight.route.home == home.team]
 
     def _fail(self, home: Home, error: DeviceError) -> None:
-        """Something on the way of this home's grants has failed: they end, and so does whatever comes. So do
-        those of a home from which a grant has pages there: its streams may wait for ever."""
+        """Something on the way of this home's grants has failed: they end, and so does whatever comes."""
         self._lost = error
-        visiting = {f.route.home for f in self._flights.values() if home.team in f.others}
-        for lost in self._homes:
-            if lost is home or (lost.team in visiting and lost.team not in self._failed):
-                self._end_all(lost, error)
-        if len(self._failed) == len(self._homes):
-            self.broken = error
-            self.told = True
-
-    def _end_all(self, home: Home, error: DeviceError) -> None:
         _log.error("nothing runs any more that is at home on KV device %d: %s", home.team, error)
         self._failed.add(home.team)
         for flight in self._at(home):
@@ -247,6 +237,9 @@ class Feeder:
             if not flight.retired:
                 self._retire(flight)
             del self._flights[flight.grant.id]
+        if len(self._failed) == len(self._homes):
+            self.broken = error
+            self.told = True
 
 
 def route_of(topology: Topology, home: KvDevice, num_layers: int, *, spread: bool = False) -> Route:
