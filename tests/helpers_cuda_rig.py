@@ -13,9 +13,10 @@ from crosspool.backends.device import Device
 from crosspool.core.ids import KvDevice, ModelIndex
 from crosspool.core.topology import Topology
 from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.cuda.attention import KvPages
 from crosspool.workers.cuda.copies import HostPages, PageCopier
 from crosspool.workers.cuda.executor import CudaExecutor
-from crosspool.workers.cuda.feeder import Feeder, route_of
+from crosspool.workers.cuda.feeder import Feeder, route_of, routes_of
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan
 from crosspool.workers.cuda.model import DeviceModel, FfnPlace
 from crosspool.workers.cuda.weights import WeightsArena
@@ -40,14 +41,15 @@ def make_device(name: str) -> Device:
 
 
 def device_models(
-    models: list[TinyModel], topology: Topology, devices: list[Device], home: KvDevice
+    models: list[TinyModel], topology: Topology, devices: list[Device]
 ) -> dict[ModelIndex, DeviceModel]:
     arenas: Mapping[int, WeightsArena] = {
         team: WeightsArena(device, ARENA_BYTES) for team, device in enumerate(devices)
     }
-    made = {}
+    made, home = {}, KvDevice(0)
+    teams_of_kv = [topology.attention_team(device) for device in topology.attention_devices(home)]
     for index, model in enumerate(models):
-        own = DeviceModel(model.spec, model.layout, model.weights, arenas, topology.attention_team(home))
+        own = DeviceModel(model.spec, model.layout, model.weights, arenas, teams_of_kv)
         for layer, weights in enumerate(model.ffns):
             teams = route_of(topology, home, model.spec.num_layers).ffns[layer]
             for part, team in enumerate(teams):
@@ -58,25 +60,31 @@ def device_models(
 
 
 class CudaRig(Rig):
-    """All models are at home on the first KV device."""
+    """All models are at home on the first KV device, or where they have no homes on all of them."""
 
     def _make(self, topology: Topology, resident: bool, threads: int, tasks: int | None) -> CudaExecutor:
         self.devices = [make_device(name) for name in topology.teams]
         if not INTERPRETED:
             self.arena = self.arena.to(self.devices[0].physical)
-        home = KvDevice(0)
-        models = device_models(list(self.models), topology, self.devices, home)
-        keys = {
-            (model.geometry, route_of(topology, home, model.geometry.num_layers)): model
-            for model in models.values()
-        }
+        models = device_models(list(self.models), topology, self.devices)
+        kv: dict[int, KvPages] = {}
+        for device in self.places.devices:
+            team, pages = topology.attention_team(device), self.places.pages_of(device)
+            arena = self.arena[pages.start : pages.stop]
+            if not INTERPRETED:
+                arena = arena.to(self.devices[team].physical)
+            kv[team] = KvPages(arena, pages.start)
         homes = []
         for device in self.places.devices:
-            own = keys if device == home else {}
-            team, pages = topology.attention_team(device), self.places.pages_of(device)
+            own = {
+                (model.geometry, route): model
+                for model in models.values()
+                if device in topology.attention_devices(KvDevice(0))
+                for route in routes_of(topology, device, model.geometry.num_layers)
+            }
+            team = topology.attention_team(device)
             plan = HomePlan(team, self.devices, own.keys(), LIMITS, topology.ffn_parts)
-            arena = self.arena[pages.start : pages.stop]
-            homes.append(Home(plan, arena, pages.start, own))
+            homes.append(Home(plan, kv, own))
         feeder = Feeder(topology, homes, models, LIMITS, MonotonicClock())
         kv = [self.devices[topology.attention_team(device)] for device in self.places.devices]
         arenas = [

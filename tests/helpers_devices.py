@@ -142,6 +142,9 @@ class InterpretedDevice:
         self.replayed += 1
         graph.run()
 
+    def check(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 

@@ -24,6 +24,7 @@ from crosspool.core.batch import Phase
 from crosspool.core.errors import DeviceError
 from crosspool.kernels.triton import grant_words as g
 from crosspool.kernels.triton import words as w
+from crosspool.kernels.triton.batch import Pass
 from crosspool.kernels.triton.crossing import RAISED, TAKEN, Carried, Flag
 from crosspool.kernels.triton.tiles import Chip
 from crosspool.workers.cuda.attention import HomeSurroundings
@@ -67,7 +68,7 @@ class World:
     def step(self) -> bool:
         """Whether there was anything."""
         able = [(stream, node) for stream in self.streams for node in stream.able]
-        able = [(stream, node) for stream, node in able if node.device not in self.silent]
+        able = [(stream, node) for stream, node in able if node.device not in self.silent | self.lost]
         if self.queues is not None:
             able = [(stream, node) for stream, node in able if self._is_first(node)]
         self.rng.shuffle(able)
@@ -315,6 +316,10 @@ class FakeDevice:
         self.world.calls += 1
         stream.work.append(self.world.queue(graph.again(stream)))
 
+    def check(self) -> None:
+        if self.name in self.world.lost:
+            raise DeviceError(f"{self.name} is lost")
+
     def finish(self) -> None:
         while self.world.step():
             pass
@@ -390,6 +395,24 @@ def _sum(state: tuple[float, float], outputs: Sequence[tuple[float, float]]) -> 
 # -- its kernels -------------------------------------------------------------------------------------------
 
 
+def position_of(batch: Pass, query: int) -> tuple[int, int]:
+    """Its row, and where it is in it."""
+    row = int(batch.row_of[query])
+    return row, int(batch.firsts[row]) + query - int(batch.starts[row])
+
+
+def key_place(batch: Pass, arena: Tensor, tokens: int, layer: int, query: int, back: int) -> Tensor | None:
+    """Where the key of the position so far ``back`` of a query's is, unless there is none, or elsewhere."""
+    row, position = position_of(batch, query)
+    position -= back
+    page = int(batch.pages[row, 0, position // tokens]) if position >= 0 else -1
+    return None if page < 0 else arena[page].view(torch.int64)[layer * tokens + position % tokens :][:1]
+
+
+def put_pair(target: Tensor, query: int, state: tuple[int, int]) -> None:
+    target[query] = torch.tensor(state)
+
+
 class FakeSides:
     """Makes of workers/cuda/sides.py what computes the model above. ``numbers`` says which model the layers'
     words at an address are."""
@@ -402,7 +425,7 @@ class FakeSides:
         lane[w.GRANT], lane[w.FAILED] = grant, 0
         lane[: w.MODEL_WORDS] = torch.from_numpy(at(grant, w.MODEL_WORDS).copy())
 
-    def lead(self, lane: Tensor, layers: int) -> None:
+    def lead(self, lane: Tensor, layers: int, frequencies: int) -> None:
         lane[w.LAYERS] = layers
 
     def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
@@ -508,31 +531,29 @@ class FakeAttention:
         self.batch.starts[place] = query
         self.lane[w.ROWS], self.lane[w.QUERIES] = place, query
 
-    def _position(self, query: int) -> tuple[int, int]:
-        row = int(self.batch.row_of[query])
-        return row, int(self.batch.firsts[row]) + query - int(self.batch.starts[row])
-
-    def _key(self, row: int, layer: int, position: int) -> Tensor:
-        page = int(self.batch.pages[row, 0, position // self._tokens])
-        return self._arena[page].view(torch.int64)[layer * self._tokens + position % self._tokens :][:1]
+    def _key(self, layer: int, query: int, back: int) -> Tensor | None:
+        return key_place(self.batch, self._arena, self._tokens, layer, query, back)
 
     def _stream(self, query: int) -> tuple[int, int]:
         outputs = [tuple(part.tolist()) for part in self.hidden.outputs[:, query]]
         return _sum(tuple(self.hidden.stream[query].tolist()), outputs)
 
+    def _input(self, layer: int, query: int) -> tuple[int, int]:
+        return self._stream(query) if layer else tuple(self.hidden.stream[query].tolist())
+
     def attention(self, layer: int) -> None:
         for query in range(int(self.lane[w.QUERIES])):
-            row, position = self._position(query)
-            state = self._stream(query) if layer else tuple(self.hidden.stream[query].tolist())
-            before = int(self._key(row, layer, position - 1)) if position else 0
-            state, key = attended(state, layer, before)
-            self._key(row, layer, position)[0] = key
-            self.hidden.stream[query] = self.hidden.normed[query] = torch.tensor(state)
+            before, place = self._key(layer, query, 1), self._key(layer, query, 0)
+            state, key = attended(self._input(layer, query), layer, 0 if before is None else int(before))
+            assert place is not None
+            place[0] = key
+            for target in (self.hidden.stream, self.hidden.normed):
+                put_pair(target, query, state)
 
     def head(self) -> None:
         for row in range(int(self.lane[w.ROWS])):
             query = int(self.batch.starts[row + 1]) - 1
-            self.rows.chosen[row] = chosen(self._stream(query), self._position(query)[1])
+            self.rows.chosen[row] = chosen(self._stream(query), position_of(self.batch, query)[1])
         self.end()
 
     def end(self) -> None:

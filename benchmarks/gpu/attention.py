@@ -12,9 +12,8 @@ from typing import Any
 
 from crosspool.core.batch import Phase
 from crosspool.core.kv_layout import KvLayout, LayerGroup
-from crosspool.core.spec import GqaSpec, ModelSpec
-from crosspool.kernels.triton.attend import AttentionShape
-from crosspool.workers.cuda.attention import Attend, HomeSurroundings
+from crosspool.core.spec import ModelSpec
+from crosspool.workers.cuda.attention import Attend, HomeSurroundings, kv_place
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import Limits
 from crosspool.workers.cuda.room import Room
@@ -43,17 +42,8 @@ def one_layer(spec: ModelSpec, context: int, tokens_per_page: int) -> Geometry:
     return Geometry.of(alone, layout)
 
 
-def shape_of(spec: ModelSpec) -> AttentionShape:
-    attention = spec.attention
-    if isinstance(attention, GqaSpec):
-        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        return AttentionShape(*heads, 0, attention.scale)
-    width, rotary = attention.kv_lora_rank, attention.qk_rope_head_dim
-    return AttentionShape(attention.num_heads, 1, width, rotary, attention.scale)
-
-
 def measure(gpu: Gpu, spec: ModelSpec, context: int, tokens_per_page: int) -> list[Figure]:
-    geometry, shape = one_layer(spec, context, tokens_per_page), shape_of(spec)
+    geometry = one_layer(spec, context, tokens_per_page)
     of_row = context * spec.kv_bytes_per_token_layer
     rows = 2 if gpu.interpreted else min(-(-LEAST_READ // of_row), MOST_ROWS)
     layout = geometry.layout
@@ -65,12 +55,12 @@ def measure(gpu: Gpu, spec: ModelSpec, context: int, tokens_per_page: int) -> li
 
     def make(room: Room) -> tuple[Any, Attend]:
         batch = decode_pass(gpu, room, geometry, rows, context)
-        return batch, Attend(geometry, shape, Limits(rows, rows), Phase.DECODE, around, room)
+        return batch, Attend(geometry, Limits(rows, rows), Phase.DECODE, around, room)
 
     batch, attend = in_room(gpu, make)
     attend.query.copy_(gpu.random(*attend.query.shape))
     gpu.device.finish()
-    seconds = gpu.seconds(gpu.recorded(lambda: attend(batch, attend.place(0))))
+    seconds = gpu.seconds(gpu.recorded(lambda: attend(batch, kv_place(geometry, 0, arena))))
     assert bool(attend.attended.isfinite().all()), "not all outputs are numbers"
     return gpu.bandwidth_figures(f"{rows} rows", rows * of_row, seconds, TARGET)
 

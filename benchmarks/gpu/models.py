@@ -149,7 +149,7 @@ class LoadedModel:
         layout: KvLayout = make_layout(spec, choose_page_bytes([spec]))
         checkpoint: Any = ShapesOnly("random")
         arena = RandomArena(gpu.device, size)
-        self.model = DeviceModel(spec, layout, load_attention_side(spec, checkpoint), {0: arena}, 0)
+        self.model = DeviceModel(spec, layout, load_attention_side(spec, checkpoint), {0: arena}, [0])
         for layer in range(spec.num_layers):
             self.model.put_ffn(layer, FfnPlace(0, 0, 1), load_ffn(spec, checkpoint, layer))
         self.model.finish(1)

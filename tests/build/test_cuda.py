@@ -3,7 +3,7 @@ what GPUs cannot do, or have no memory for, is refused before anything is loaded
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from crosspool.build import cuda
 from crosspool.build.cuda import CudaMachine
 from crosspool.build.pool_plan import PoolPlan
 from crosspool.build.runtime import build_engine
+from crosspool.core.batch import Phase
 from crosspool.core.config import (
     EngineConfig,
     Kernels,
@@ -25,13 +26,14 @@ from crosspool.core.config import (
 )
 from crosspool.core.copies import Direction
 from crosspool.core.errors import ConfigError, OutOfMemoryError
-from crosspool.core.ids import ModelIndex, Nanoseconds, RequestId
+from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.info import LoadProgress
 from crosspool.core.request import Request
 from crosspool.core.sampling import SamplingParams
 from crosspool.costs.copies import CopyCosts
 from crosspool.engine.engine import Engine
 from crosspool.models.registry import read_spec
+from crosspool.workers.cuda.feeder import Feeder
 from helpers_devices import InterpretedDevice
 from helpers_models import PagedModel, random_model, save_model
 from helpers_spill import Told, spill_always
@@ -41,6 +43,7 @@ pytestmark = [pytest.mark.integration, needs_interpreter]
 
 PROMPT, COUNT = [5, 17, 3, 44], 3
 PAGE = 8192
+TWO = {"kv_devices": ("cuda:0", "cuda:1"), "weights_devices": ("cuda:0", "cuda:1")}
 SMALL = SchedulerConfig(
     max_batch_rows=2, max_prefill_rows=2, chunk_quantum=16, max_chunk_tokens=16, max_running=4
 )
@@ -97,7 +100,7 @@ def built(config: EngineConfig) -> Iterator[Engine]:
         engine.close()
 
 
-def generate(engine: Engine, models: int) -> list[list[int]]:
+def generate(engine: Engine, models: int, prompt: Sequence[int] = PROMPT) -> list[list[int]]:
     said: list[list[int]] = [[] for _ in range(models)]
     for model in range(models):
         params = SamplingParams(temperature=0, max_tokens=COUNT)
@@ -105,7 +108,7 @@ def generate(engine: Engine, models: int) -> list[list[int]]:
             Request(
                 RequestId(model),
                 ModelIndex(model),
-                tuple(PROMPT),
+                tuple(prompt),
                 params,
                 COUNT,
                 0,
@@ -163,13 +166,35 @@ def test_who_was_spilled_and_came_back_says_what_the_model_says(folders, cards):
         assert all(ratio.samples > 0 for ratio in costs._ratios.values()), "bandwidths were not learnt"
 
 
+def test_a_request_has_pages_on_two_devices(folders, cards, monkeypatch):
+    """Each of them has room for one of its two pages."""
+    grants, submit = [], Feeder.submit
+    monkeypatch.setattr(Feeder, "submit", lambda self, grant: (grants.append(grant), submit(self, grant)))
+    prompt = [(7 * i + i * i) % 61 for i in range(20)]
+    model = PagedModel(folders["mixture"])
+    wanted, _ = model.greedy("it", int(model.prefill("it", prompt)[-1].argmax()), COUNT)
+    pools = PoolConfig(kv_pool_bytes=2 * 4096, page_bytes=4096, prefix_cache=False)
+    with built(config_of({"mixture": folders["mixture"]}, pools, **TWO)) as engine:
+        assert generate(engine, 1, prompt) == [wanted]
+    assert {(g.phase, len(g.elsewhere)) for g in grants} >= {(Phase.PREFILL, 1), (Phase.DECODE, 1)}
+
+
+def test_every_kv_device_has_what_homes_need(folders, cards):
+    """Lanes and their parts on each, and the same weights of attention."""
+    specs = {ModelIndex(0): read_spec(folders["dense"], "auto")}
+    devices = [Card("cuda:0"), Card("cuda:1")]
+    two = cuda.bytes_besides(config_of({"dense": folders["dense"]}, **TWO), specs, devices)
+    one = cuda.bytes_besides(config_of({"dense": folders["dense"]}), specs, devices[:1])
+    assert two[0] == two[1] > one[0]
+    weights = cuda.weights_bytes(specs[ModelIndex(0)], config_of(folders, **TWO).topology, KvDevice(0))
+    assert min(weights) > specs[ModelIndex(0)].attention_side_bytes
+
+
 def test_what_gpus_cannot_do_is_refused(folders, cards):
     with pytest.raises(ConfigError, match="the reference kernels run on CPU devices only"):
         build_engine(config_of(folders, kernels=Kernels.REFERENCE))
     with pytest.raises(ConfigError, match="weights_memory huge is about CPU devices"):
         build_engine(config_of(folders, PoolConfig(weights_memory=WeightsMemory.HUGE)))
-    with pytest.raises(ConfigError, match="one KV device, not cuda:0, cuda:1"):
-        build_engine(config_of(folders, kv_devices=("cuda:0", "cuda:1")))
     with pytest.raises(ConfigError, match="devices of one kind are needed, not cuda:0, cpu:0"):
         build_engine(config_of(folders, weights_devices=("cpu:0",)))
     int8 = ModelConfig("int8", str(folders["dense"]), weights_dtype="int8")
@@ -231,7 +256,8 @@ def test_copies_are_first_guessed_at_the_speed_of_a_link(folders, cards):
         assert costs.time(direction, 25 << 30) == pytest.approx(1.07e9, rel=0.01)
 
 
-def test_arenas_are_large_enough_and_hardly_larger(folders, cards, monkeypatch):
+@pytest.mark.parametrize("kv_devices", [("cuda:0",), ("cuda:0", "cuda:1")], ids=["one KV device", "two"])
+def test_arenas_are_large_enough_and_hardly_larger(folders, cards, monkeypatch, kv_devices):
     arenas = []
     make = cuda.WeightsArena
 
@@ -240,7 +266,7 @@ def test_arenas_are_large_enough_and_hardly_larger(folders, cards, monkeypatch):
         return arenas[-1]
 
     monkeypatch.setattr(cuda, "WeightsArena", noting)
-    with built(config_of(folders, weights_devices=("cuda:0", "cuda:1"))):
+    with built(config_of(folders, kv_devices=kv_devices, weights_devices=("cuda:0", "cuda:1"))):
         for arena in arenas:
             memory = arena.room._memory.numel()
             between = 2 * 256 * (cuda.TENSORS_PER_LAYER * 3 + 2) + 8 * 32

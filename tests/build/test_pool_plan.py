@@ -49,6 +49,15 @@ def test_kv_gets_what_all_weights_leave_of_one_device() -> None:
     assert plan.places.total == (MEMORY - sum(map(whole, SPECS.values()))) // PAGE
 
 
+@pytest.mark.parametrize("copies", [False, True])
+def test_attention_sides_are_on_the_first_kv_device_or_on_all(copies: bool) -> None:
+    config = config_of(MEMORY, kv_devices=TWO, weights_devices=("cpu:2",))
+    plan = plan_pools(config, SPECS, 1 << 40, copies_attention=copies)
+    attention = sum(spec.attention_side_bytes for spec in SPECS.values())
+    for device, used in enumerate([attention, attention * copies]):
+        assert len(plan.places.pages_of(KvDevice(device))) == (MEMORY - used) // PAGE
+
+
 @pytest.mark.parametrize("mode", [Mode.MONOLITHIC, Mode.STATIC])
 def test_each_device_has_its_models_and_their_kv(mode: Mode) -> None:
     plan = plan_pools(config_of(MEMORY, mode, kv_devices=TWO, weights_devices=TWO), SPECS, 1 << 40)

@@ -213,6 +213,10 @@ class CudaDevice:
             else:
                 graph.replay()
 
+    def check(self) -> None:
+        with _naming(self.name):
+            torch.cuda.current_stream(self._index).query()
+
     def finish(self) -> None:
         with _naming(self.name):
             torch.cuda.synchronize(self._index)

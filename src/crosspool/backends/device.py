@@ -128,6 +128,10 @@ class Device(Protocol):
         """Put a graph into the stream."""
         ...
 
+    def check(self) -> None:
+        """Raises DeviceError if the device has failed."""
+        ...
+
     def finish(self) -> None:
         """Wait until everything put into the device's streams has run."""
         ...

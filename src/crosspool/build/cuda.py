@@ -11,21 +11,28 @@ from crosspool.backends.cuda import CudaDevice
 from crosspool.backends.device import Device
 from crosspool.backends.factory import make_cuda_devices
 from crosspool.backends.host_memory import free_bytes
-from crosspool.build.pool_plan import PoolPlan, choose_homes, plan_pools, weights_on_devices
+from crosspool.build.pool_plan import (
+    PoolPlan,
+    choose_homes,
+    choose_layouts,
+    plan_pools,
+    weights_on_devices,
+)
 from crosspool.build.workers import Compiling, Specs
 from crosspool.core.config import EngineConfig, Kernels, WeightsMemory
 from crosspool.core.errors import ConfigError, OutOfMemoryError
 from crosspool.core.ids import KvDevice, ModelIndex, Nanoseconds
-from crosspool.core.kv_layout import KvLayout, choose_page_bytes, make_layout
+from crosspool.core.kv_layout import KvLayout
 from crosspool.core.protocols import Executor
 from crosspool.core.spec import ModelSpec
-from crosspool.core.topology import Sharding, Topology
+from crosspool.core.topology import Topology
 from crosspool.costs.layer import HardwareProfile
 from crosspool.models.weights import AttentionSideWeights, FfnWeights, part_of_ffn
 from crosspool.workers.clock import MonotonicClock
+from crosspool.workers.cuda.attention import KvPages
 from crosspool.workers.cuda.copies import HostPages, PageCopier
 from crosspool.workers.cuda.executor import CudaExecutor
-from crosspool.workers.cuda.feeder import Feeder, route_of
+from crosspool.workers.cuda.feeder import Feeder, routes_of
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.home import GrantLimits, Home, HomePlan, Key
 from crosspool.workers.cuda.model import TENSORS_PER_LAYER, DeviceModel, FfnPlace
@@ -78,7 +85,7 @@ class CudaMachine:
             raise OutOfMemoryError(f"lanes and grants on {name}", needed=besides[worst], free=sizes[worst])
         if pools.kv_pool_bytes is None:
             pools = replace(pools, device_bytes=left)
-        plan = plan_pools(replace(config, pools=pools), specs, left * len(sizes))
+        plan = plan_pools(replace(config, pools=pools), specs, left * len(sizes), copies_attention=True)
         return _with_spill_store(plan, config.pools.spill_bytes, free_bytes())
 
     def workers(self, plan: PoolPlan, specs: Specs) -> CudaWorkers:
@@ -94,11 +101,6 @@ def _check(config: EngineConfig) -> None:
     for model in config.models:
         if model.weights_dtype == "int8":
             raise ConfigError(f"model {model.name}: weights_dtype int8 needs CPU devices")
-    if len(config.kv_devices) > 1 and config.topology.sharding is not Sharding.MODEL:
-        raise ConfigError(
-            "on GPUs a sequence has all its KV on one device: where models have no homes there is one KV "
-            f"device, not {', '.join(config.kv_devices)}"
-        )
 
 
 def _share(device: CudaDevice, devices: tuple[CudaDevice, ...]) -> int:
@@ -118,7 +120,8 @@ def weights_bytes(spec: ModelSpec, topology: Topology, home: KvDevice) -> list[i
     """What the weights of a model take on the devices of all teams. Each device has its part of an FFN, and a
     router of its own."""
     needed = [0] * len(topology.teams)
-    needed[topology.attention_team(home)] += spec.attention_side_bytes
+    for place in topology.attention_devices(home):
+        needed[topology.attention_team(place)] += spec.attention_side_bytes
     for number, layer in enumerate(spec.layers):
         for part, device in enumerate(topology.ffn_devices(number, home)):
             own = part_of_ffn(layer.ffn, part, topology.ffn_parts)
@@ -135,18 +138,18 @@ def bytes_between(spec: ModelSpec) -> int:
 def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device]) -> list[int]:
     """What each team's device needs beside KV and the weights that pools are planned with: of shared FFNs a
     part may be larger than an equal share."""
-    page_bytes = config.pools.page_bytes or choose_page_bytes(specs.values())
-    homes = choose_homes(config.topology, specs)
+    topology, (_, layouts) = config.topology, choose_layouts(config, specs)
+    homes = choose_homes(topology, specs)
     keys: dict[KvDevice, set[Key]] = {}
     for model, spec in specs.items():
-        home = homes.get(model, KvDevice(0))
-        geometry = Geometry.of(spec, make_layout(spec, page_bytes))
-        keys.setdefault(home, set()).add((geometry, route_of(config.topology, home, spec.num_layers)))
+        geometry = Geometry.of(spec, layouts[model])
+        for home in topology.attention_devices(homes.get(model, KvDevice(0))):
+            keys.setdefault(home, set()).update(keys_of(topology, home, geometry))
     between = sum(bytes_between(spec) for spec in specs.values())
-    planned = weights_on_devices(config.topology, specs, homes)
-    needed = [between - planned[name] for name in config.topology.teams]
+    planned = weights_on_devices(topology, specs, homes, topology.attention_devices)
+    needed = [between - planned[name] for name in topology.teams]
     for model, spec in specs.items():
-        for team, size in enumerate(weights_bytes(spec, config.topology, homes.get(model, KvDevice(0)))):
+        for team, size in enumerate(weights_bytes(spec, topology, homes.get(model, KvDevice(0)))):
             needed[team] += size
     for home, own in keys.items():
         try:
@@ -156,6 +159,11 @@ def bytes_besides(config: EngineConfig, specs: Specs, devices: Sequence[Device])
         for team, size in sizes.items():
             needed[team] += size
     return needed
+
+
+def keys_of(topology: Topology, home: KvDevice, geometry: Geometry) -> list[Key]:
+    """What is prepared for models of a geometry, where they are at home here."""
+    return [(geometry, route) for route in routes_of(topology, home, geometry.num_layers)]
 
 
 def home_plan(
@@ -199,8 +207,10 @@ class CudaWorkers:
         self, model: ModelIndex, spec: ModelSpec, layout: KvLayout, weights: AttentionSideWeights
     ) -> None:
         self._used = {team: arena.room.used for team, arena in self._arenas.items()}
-        home = self._config.topology.attention_team(self._plan.home(model))
-        self._models[model] = DeviceModel(spec, layout, weights, self._arenas, home)
+        topology = self._config.topology
+        devices = topology.attention_devices(self._plan.home(model))
+        homes = [topology.attention_team(device) for device in devices]
+        self._models[model] = DeviceModel(spec, layout, weights, self._arenas, homes)
 
     def put_ffn(self, model: ModelIndex, layer: int, weights: FfnWeights) -> None:
         topology = self._config.topology
@@ -224,15 +234,18 @@ class CudaWorkers:
             model.finish(topology.ffn_parts)
         runs: dict[KvDevice, dict[Key, DeviceModel]] = {}
         for index, model in self._models.items():
-            home = plan.home(index)
-            route = route_of(topology, home, model.geometry.num_layers)
-            runs.setdefault(home, {})[model.geometry, route] = model
+            for home in topology.attention_devices(plan.home(index)):
+                for key in keys_of(topology, home, model.geometry):
+                    runs.setdefault(home, {})[key] = model
+        pages: dict[int, KvPages] = {
+            topology.attention_team(device): KvPages(self._kv[device], plan.places.starts[device])
+            for device in plan.places.devices
+        }
         homes = []
         for home in plan.places.devices:
             models = runs.get(home, {})
             own = home_plan(self._config, self._devices, home, models.keys())
-            first_page = plan.places.starts[home]
-            homes.append(Home(own, self._kv[home], first_page, models, compiling))
+            homes.append(Home(own, pages, models, compiling))
         feeder = Feeder(topology, homes, self._models, own.limits, MonotonicClock())
         kv = [self._devices[topology.attention_team(home)] for home in plan.places.devices]
         copier = PageCopier(plan.places, kv, self._kv, self._host)

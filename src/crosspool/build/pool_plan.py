@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from crosspool.core.config import EngineConfig
@@ -14,6 +14,10 @@ from crosspool.core.spec import ModelSpec
 from crosspool.core.topology import Sharding, Topology
 
 FIRST = KvDevice(0)
+
+
+PlacesOf = Callable[[KvDevice], Sequence[KvDevice]]
+"""The KV devices that have the attention sides of models with a home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +45,37 @@ class PoolPlan:
         return self.homes.get(model, FIRST)
 
 
-def plan_pools(config: EngineConfig, specs: Mapping[ModelIndex, ModelSpec], available_bytes: int) -> PoolPlan:
+def plan_pools(
+    config: EngineConfig,
+    specs: Mapping[ModelIndex, ModelSpec],
+    available_bytes: int,
+    *,
+    copies_attention: bool = False,
+) -> PoolPlan:
     """Size both pools and the spill store for these models within ``available_bytes`` of free memory.
+
+    Where models have no homes, ``copies_attention`` says that every KV device has a copy of their attention
+    sides, as devices do that do not read each other's memory; otherwise there is one, on the first.
 
     Raises OutOfMemoryError if these and attention-side weights do not fit together, or not each device, and
     ConfigError if the KV pool is too small to hold anything of some model.
     """
     pools = config.pools
-    copies = {model: config.kv_copies(spec.attention.num_kv_heads) for model, spec in specs.items()}
-    page_bytes = pools.page_bytes or max(copies.values()) * choose_page_bytes(specs.values())
-    layouts = {model: make_layout(spec, page_bytes, copies[model]) for model, spec in specs.items()}
+    page_bytes, layouts = choose_layouts(config, specs)
     homes = choose_homes(config.topology, specs)
     ffns = sum(sum(ffn_bytes_by_layer(spec, config.topology)) for spec in specs.values())
     weights_pool = pools.weights_pool_bytes or ffns
-    attention = sum(spec.attention_side_bytes for spec in specs.values())
+    places_of = config.topology.attention_devices if copies_attention else lambda home: (home,)
+    attention = sum(
+        len(places_of(homes.get(model, FIRST))) * spec.attention_side_bytes for model, spec in specs.items()
+    )
     if pools.device_bytes is None:
         left = available_bytes - attention - weights_pool
         kv_pool = pools.kv_pool_bytes or int(max(0, left) * pools.kv_pool_fraction)
         devices = len(config.kv_devices)
         places = DevicePages.of([kv_pool // (devices * page_bytes)] * devices)
     else:
-        budgets = _left_on_devices(config.topology, specs, homes, pools.device_bytes)
+        budgets = _left_on_devices(config.topology, specs, homes, places_of, pools.device_bytes)
         places = DevicePages.of([budget // page_bytes for budget in budgets])
         kv_pool = page_bytes * places.total
     spill = pools.spill_bytes
@@ -71,6 +85,15 @@ def plan_pools(config: EngineConfig, specs: Mapping[ModelIndex, ModelSpec], avai
     plan = PoolPlan(page_bytes, places, weights_pool, layouts, homes, spill // page_bytes)
     _check_pages(config, plan)
     return plan
+
+
+def choose_layouts(
+    config: EngineConfig, specs: Mapping[ModelIndex, ModelSpec]
+) -> tuple[int, dict[ModelIndex, KvLayout]]:
+    """The bytes of a page, and how each model lays its tokens into it."""
+    copies = {model: config.kv_copies(spec.attention.num_kv_heads) for model, spec in specs.items()}
+    page_bytes = config.pools.page_bytes or max(copies.values()) * choose_page_bytes(specs.values())
+    return page_bytes, {model: make_layout(spec, page_bytes, copies[model]) for model, spec in specs.items()}
 
 
 def ffn_bytes_by_layer(spec: ModelSpec, topology: Topology) -> list[int]:
@@ -97,13 +120,18 @@ def choose_homes(topology: Topology, specs: Mapping[ModelIndex, ModelSpec]) -> d
 
 
 def weights_on_devices(
-    topology: Topology, specs: Mapping[ModelIndex, ModelSpec], homes: Mapping[ModelIndex, KvDevice]
+    topology: Topology,
+    specs: Mapping[ModelIndex, ModelSpec],
+    homes: Mapping[ModelIndex, KvDevice],
+    places_of: PlacesOf,
 ) -> dict[str, int]:
-    """Bytes of weights by the devices' names. Those that share an FFN are taken to have equal parts."""
+    """Bytes of weights by the devices' names: attention sides on all that ``places_of`` gives for a home.
+    Those that share an FFN are taken to have equal parts."""
     used = dict.fromkeys(topology.teams, 0)
     for model, spec in specs.items():
         home = homes.get(model, FIRST)
-        used[topology.kv_devices[home]] += spec.attention_side_bytes
+        for place in places_of(home):
+            used[topology.kv_devices[place]] += spec.attention_side_bytes
         for layer, size in enumerate(ffn_bytes_by_layer(spec, topology)):
             for device in topology.ffn_devices(layer, home):
                 used[topology.weights_devices[device]] += -(-size // topology.ffn_parts)
@@ -114,10 +142,11 @@ def _left_on_devices(
     topology: Topology,
     specs: Mapping[ModelIndex, ModelSpec],
     homes: Mapping[ModelIndex, KvDevice],
+    places_of: PlacesOf,
     device_bytes: int,
 ) -> Sequence[int]:
     """Bytes that weights leave of each KV device. Raises OutOfMemoryError if they do not fit some device."""
-    used = weights_on_devices(topology, specs, homes)
+    used = weights_on_devices(topology, specs, homes, places_of)
     for name, needed in used.items():
         if needed > device_bytes:
             raise OutOfMemoryError(

@@ -62,6 +62,13 @@ class Topology:
     def attention_team(self, device: KvDevice) -> Team:
         return Team(self.teams.index(self.kv_devices[device]))
 
+    def attention_devices(self, home: KvDevice) -> tuple[KvDevice, ...]:
+        """The KV devices on which a model with this home may have KV, and so attention: all of them unless
+        models are bound to theirs."""
+        if self.sharding is Sharding.MODEL:
+            return (home,)
+        return tuple(KvDevice(device) for device in range(len(self.kv_devices)))
+
     def weights_team(self, device: WeightsDevice) -> Team:
         return Team(self.teams.index(self.weights_devices[device]))
 

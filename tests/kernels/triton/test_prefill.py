@@ -86,6 +86,28 @@ def test_a_context_on_several_devices(name: str) -> None:
     rows.assert_near(out)
 
 
+def test_spans_that_are_elsewhere() -> None:
+    rows = Rows([(2100, 3)], SHAPES["groups of 3"], torch.float32, tokens_per_page=32)
+    query, out = rows.room()
+    batch = rows.batch()
+    states = States.room(rows.shape, len(query), 1, 2, DEVICE)
+    chunk = torch.arange(batch.pages.shape[-1])
+    for part, own in enumerate(((chunk >= 20) & (chunk < 45), (chunk < 20) | (chunk >= 45))):
+        pages = batch.pages.where(own.to(DEVICE), -1)
+        attend_part(batch._replace(pages=pages), rows.arena.kv(), rows.shape, query, states.part(part))
+    merge_states(batch, states, None, out)
+    rows.assert_near(out)
+
+
+def launch_part(shape: AttentionShape) -> None:
+    inside = (1, shape.key_width) if shape.rotary else (2, shape.kv_heads, shape.width)
+    arena = Arena([1] * 4, inside, 23, torch.bfloat16)
+    batch = lane_of(ModelWords([{}]), [(0, 256)] * 4, arena.pages)
+    query = torch.empty(1024, shape.heads, shape.key_width, dtype=torch.bfloat16)
+    states = States.room(shape, 1024, 1, 1, torch.device("cpu"))
+    attend_part(batch, arena.kv(), shape, query, states)
+
+
 def launch(shape: AttentionShape) -> None:
     inside = (1, shape.key_width) if shape.rotary else (2, shape.kv_heads, shape.width)
     arena = Arena([1] * 4, inside, 23, torch.bfloat16)
@@ -97,7 +119,12 @@ def launch(shape: AttentionShape) -> None:
 
 @needs_interpreter
 @on_targets(
-    {"qwen3-30b-a3b": lambda: launch(QWEN3_30B_A3B), "deepseek-v2-lite": lambda: launch(DEEPSEEK_V2_LITE)}
+    {
+        "qwen3-30b-a3b": lambda: launch(QWEN3_30B_A3B),
+        "deepseek-v2-lite": lambda: launch(DEEPSEEK_V2_LITE),
+        "qwen3-30b-a3b, a part": lambda: launch_part(QWEN3_30B_A3B),
+        "deepseek-v2-lite, a part": lambda: launch_part(DEEPSEEK_V2_LITE),
+    }
 )
 def test_gates(launch: object, target: Target) -> None:
     assert_builds_well(launch, target)

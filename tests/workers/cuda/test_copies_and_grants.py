@@ -9,13 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from crosspool.core.copies import CopiedEvent, Direction, PageCopy
-from crosspool.core.device_pages import DevicePages
 from crosspool.core.ids import CopyId, HostPage, RequestId
 from crosspool.workers.cuda import copies
 from crosspool.workers.cuda.copies import HostPages, PageCopier
 from crosspool.workers.cuda.feeder import FAILED
 from crosspool.workers.cuda.flight import Flight
-from workers.cuda.test_feeder import PAGE_BYTES, PAGES, Life, Sequence
+from helpers_fake_life import PAGE_BYTES, Life, Sequence
 
 pytestmark = pytest.mark.backend
 
@@ -29,9 +28,9 @@ class SpillingLife(Life):
 
     def __init__(self, seed: int, placement: str) -> None:
         super().__init__(seed, placement)
-        places = DevicePages.of([PAGES])
         store = HostPages(self.devices[0], HOST_PAGES, PAGE_BYTES)
-        self.copier = PageCopier(places, self.devices[:1], [self.arena], store)
+        arenas = [own.arena for own in self.kv.values()]
+        self.copier = PageCopier(self.places, self.devices[: len(arenas)], arenas, store)
         self.free_host = [HostPage(page) for page in range(HOST_PAGES)]
         self.host_pages: dict[RequestId, list[HostPage]] = {}
         self.copying: dict[CopyId, tuple[Sequence, Direction]] = {}
@@ -76,12 +75,6 @@ class SpillingLife(Life):
                     self.stored.remove(own)
                     self._end(own)
 
-    def _give_back(self, own: Sequence) -> None:
-        self.free += own.pages
-        for page in own.pages:
-            self.arena[page] = 255
-        own.pages = []
-
     def _end(self, sequence: Sequence) -> None:
         super()._end(sequence)
         self.free_host += self.host_pages.pop(sequence.id, [])
@@ -94,7 +87,7 @@ class SpillingLife(Life):
             if own.cancelled or event.error is not None:
                 self._end(own)
             elif direction is Direction.OUT:
-                self._give_back(own)
+                self._give_pages_back(own)
                 self.stored.append(own)
             else:
                 self.free_host += self.host_pages.pop(own.id)
@@ -132,7 +125,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "PIECE", 2)
 
 
-@pytest.mark.parametrize("placement", ["one device", "one device, loops", "two devices"])
+@pytest.mark.parametrize("placement", ["one device", "one device, loops", "two devices", "two KV devices"])
 def test_who_was_spilled_says_what_they_say_alone(placement: str) -> None:
     returned = 0
     for seed in range(SEEDS):

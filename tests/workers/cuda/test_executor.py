@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from transformers import MistralConfig
 
 from crosspool.core.batch import Phase, RetiredEvent, TokenEvent
 from crosspool.core.errors import InvariantError
+from crosspool.core.ids import NULL_PAGE
 from crosspool.core.request import FinishReason
 from crosspool.core.sampling import SamplingParams
 from crosspool.core.token_record import RECORD_WORDS, TOKEN_RECORD
@@ -16,9 +18,9 @@ from crosspool.workers.cuda.lane_pass import LanePass
 from crosspool.workers.cuda.lanes import LOOP_PASSES
 from helpers_cuda_rig import LIMITS, cuda_rig
 from helpers_devices import InterpretedDevice
-from helpers_models import PagedModel
+from helpers_models import PagedModel, random_model, save_model
 from helpers_triton import INTERPRETED
-from helpers_workers import GQA, MLA, PROMPTS
+from helpers_workers import GQA, MLA, PROMPTS, TinyModel
 
 pytestmark = pytest.mark.backend
 
@@ -69,6 +71,62 @@ def test_states_cross_by_stores_and_flags(models, expected, monkeypatch):
     monkeypatch.setattr(LanePass, "record", lambda self: None)
     with cuda_rig(*models, **CUDA | PLACEMENTS["three, by tensor"]) as it:
         assert it.run(it.sequence(PROMPTS[0], 3))[0] == expected[GQA][0][:3]
+
+
+TWO_KV = {
+    "apart": {"kv_devices": ("cuda:0", "cuda:1"), "weights_devices": ("cuda:2",)},
+    "together": {"kv_devices": ("cuda:0", "cuda:1"), "weights_devices": ("cuda:0", "cuda:1")},
+}
+LENT = {
+    "page by page": lambda chunk: chunk % 2,
+    "all elsewhere": lambda chunk: 1,
+    "its end": lambda chunk: int(chunk > 0),
+}
+
+
+@pytest.mark.parametrize("model", [GQA, MLA])
+@pytest.mark.parametrize("lent", LENT)
+@pytest.mark.parametrize("placement", TWO_KV)
+def test_pages_on_two_devices(models, expected, placement, lent, model):
+    """Beside a row that has all its pages at home; prompts in one chunk and in two, and decodes."""
+    with cuda_rig(*models, **TWO_KV[placement]) as it:
+        far = it.sequence(PROMPTS[1], 6, model=model, lent=LENT[lent])
+        near = it.sequence(PROMPTS[0], 6, model=model)
+        it.finish(it.grant(Phase.PREFILL, [(far, 20, 0)]))
+        it.finish(it.prefill(far, near))
+        it.finish(it.decode(5, far, near))
+        assert far.output == expected[model][1][:6]
+        assert near.output == expected[model][0][:6]
+
+
+def test_windows_over_two_devices(tmp_path_factory):
+    """What falls out of the window is of either device, and is given back."""
+    config = MistralConfig(
+        vocab_size=97,
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=12,
+        sliding_window=50,
+        max_position_embeddings=512,
+    )
+    folder = save_model(random_model(config), tmp_path_factory.mktemp("window"))
+    prompt = [(5 * i + i * i // 3) % 97 for i in range(150)]
+    oracle = PagedModel(folder)
+    wanted, _ = oracle.greedy("it", int(oracle.prefill("it", prompt)[-1].argmax()), 4)
+    with cuda_rig(TinyModel.load(folder), **TWO_KV["together"]) as it:
+        tokens = it.models[0].layout.tokens_per_page
+        far = it.sequence(prompt, 4, lent=lambda chunk: chunk % 2)
+        assert len(far.pages[0]) >= 3
+        for begin in (0, 60, 120):
+            count = min(60, len(prompt) - begin)
+            it.finish(it.grant(Phase.PREFILL, [(far, count, int(begin == 120))]))
+            gone = max(0, far.computed - 50 + 1) // tokens
+            far.pages = tuple((NULL_PAGE,) * gone + group[gone:] for group in far.pages)
+        it.finish(it.decode(3, far))
+        assert far.output == wanted
 
 
 def test_a_stop_token_and_sampling_as_the_reference(models, expected):
@@ -177,6 +235,14 @@ def test_grants_that_do_not_fit_are_refused(models):
         it.executor.close()
         with pytest.raises(InvariantError, match="closed"):
             it.decode(1, rows[0])
+
+
+def test_models_bound_to_a_device_have_no_pages_elsewhere(models):
+    with cuda_rig(*models, **TWO_KV["together"], sharding=Sharding.MODEL) as it:
+        with pytest.raises(InvariantError, match="KV device 1 has no attention side of model 0"):
+            it.prefill(it.sequence(PROMPTS[1], 1, lent=lambda chunk: 1))
+        with pytest.raises(InvariantError, match="KV device 1 has no attention side of model 0"):
+            it.prefill(it.sequence(PROMPTS[1], 1, device=1))
 
 
 def test_events_are_of_the_contract(models):

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from crosspool.core.batch import Grant, Phase, Row, TokenChoice, row_after
-from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
+from crosspool.core.errors import InvariantError
+from crosspool.core.ids import NULL_PAGE, GrantId, KvDevice, ModelIndex, Nanoseconds, PageId, RequestId
 from crosspool.core.kv_layout import KvLayout, LayerGroup
 from crosspool.core.sampling import SamplingParams
 from crosspool.kernels.triton.batch import Pass
 from crosspool.kernels.triton.grant_words import END, FAILURE, RECORD_WORDS, SILENCE, TOKEN
 from crosspool.kernels.triton.pass_again import ask_again
-from crosspool.kernels.triton.pass_begin import PassRows, begin_pass, enter
+from crosspool.kernels.triton.pass_begin import PassRows, begin_pass, enter, find_pages
 from crosspool.kernels.triton.pass_end import end_pass
 from crosspool.kernels.triton.words import AGAIN, FAILED, LANE_WORDS, MODEL_WORDS, QUERIES, ROWS
 from crosspool.workers.cuda.grant import GrantMemory, PackedGrant
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.backend, needs_interpreter]
 LAYOUT = KvLayout(4096, 16, (LayerGroup((0,), None), LayerGroup((1,), None)), 128, (0, 1), (0, 0))
 MOST_ROWS, MOST_QUERIES, MOST_CHUNKS, RING = 6, 64, 8, 16
 FIRST_PAGE = 70
+PAGES = range(FIRST_PAGE, FIRST_PAGE + 1000)
 MODEL = (10, 20, 30, 40, 50)
 
 
@@ -55,7 +57,7 @@ class Lane:
         self.read = 0
 
     def put(self, grant: Grant) -> PackedGrant:
-        packed = PackedGrant(grant, MODEL, LAYOUT, self.memory, FIRST_PAGE)
+        packed = PackedGrant(grant, MODEL, LAYOUT, self.memory, PAGES)
         packed.target.copy_(packed.source)
         enter(self.batch.lane, packed.address)
         return packed
@@ -225,3 +227,33 @@ def test_the_ends_of_passes_and_what_begins_a_loop_build(target: Target) -> None
     ends = (lane.batch.lane, lane.rows, MOST_ROWS, lane.records, lane.written)
     assert_builds_well(lambda: end_pass(*ends), target, wide_loads=False)
     assert_builds_well(lambda: ask_again(lane.batch.lane), target, wide_loads=False)
+
+
+def test_pages_of_other_devices_are_in_the_tables_of_those_alone() -> None:
+    """The home's tables say of them what they are; each device finds its own in what it is sent."""
+    memory = GrantMemory(InterpretedDevice(), 1 << 16)
+    home, others = range(10, 20), [range(10), range(20, 30)]
+    pages = ((PageId(12), PageId(3), PageId(29), PageId(10)), (NULL_PAGE, PageId(19), PageId(20), PageId(0)))
+    row = replace(random_row(random.Random(0), 0, Phase.DECODE, 1), start=40, pages=pages)
+    layout = replace(LAYOUT, groups=(LayerGroup((0,), None), LayerGroup((1,), 16)))
+    zero = Nanoseconds(0)
+    grant = Grant(GrantId(0), ModelIndex(0), Phase.DECODE, KvDevice(1), (row,), 1, zero, zero, zero)
+    with pytest.raises(
+        InvariantError, match="request 0 has pages on a KV device that its grant does not name"
+    ):
+        PackedGrant(grant, MODEL, layout, memory, home, others[:1])
+    assert memory.free_bytes == 1 << 16
+    lane = Lane()
+    packed = PackedGrant(grant, MODEL, layout, lane.memory, home, others)
+    packed.target.copy_(packed.source)
+    enter(lane.batch.lane, packed.address)
+    ((_, _, _, own),) = lane.begin()
+    found = [[page if page >= 0 else -1 for page in group[:4]] for group in own]
+    assert found == [[2, -1, -1, 0], [-1, 9, -1, -1]]
+    for other, wanted in zip(
+        others, ([-1, 3, -1, -1, -1, -1, -1, 0], [-1, -1, 9, -1, -1, -1, 0, -1]), strict=True
+    ):
+        theirs = lane.batch._replace(pages=lane.batch.pages.clone())
+        find_pages(theirs, other.start, len(other))
+        assert theirs.pages[0, :, :4].flatten().tolist() == wanted
+        assert theirs.pages[1:].eq(-99).all()

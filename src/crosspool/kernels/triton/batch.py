@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor, dtype
@@ -11,6 +12,15 @@ from torch import Tensor, dtype
 BLOCK = 256
 """Positions of a block of attention: cut at absolute positions, so that the result of a row depends on no
 other row, nor on pages, devices or the number of programs."""
+
+
+Pages = TypeVar("Pages", int, np.ndarray)
+
+
+def elsewhere(page: Pages) -> Pages:
+    """What page tables say instead of a page of another device, by its number in the pool; of NULL_PAGE it is
+    NULL_PAGE. And the reverse."""
+    return -2 - page
 
 
 class Pass(NamedTuple):
@@ -21,7 +31,7 @@ class Pass(NamedTuple):
     belongs to row ``row_of[t]``. Nothing of a row whose ``firsts`` is negative is read or written in KV.
     ``starts`` [R + 1], ``firsts`` [R] and ``row_of`` [T] are int32. ``pages`` int32 [R, groups, chunks] are
     the page tables: entry i for positions ``i * tokens_per_page`` onwards; negative where the page was given
-    back, or is on another device.
+    back (NULL_PAGE), or is on another device (``elsewhere``).
     """
 
     lane: Tensor
@@ -93,3 +103,11 @@ def token_places(table, positions, there, page_stride, TOKENS: tl.constexpr, TOK
     page = tl.load(table + chunk, mask=there, other=-1)
     slot = positions - chunk * TOKENS
     return page.to(tl.int64) * page_stride + slot * TOKEN_STRIDE, page >= 0
+
+
+@triton.jit
+def any_here(table, begin, end, SPAN: tl.constexpr, TOKENS: tl.constexpr):
+    """Whether a page of positions ``begin`` to ``end - 1``, at most ``SPAN``, is on this device."""
+    chunk = begin // TOKENS + tl.arange(0, triton.next_power_of_2(SPAN // TOKENS + 2))
+    page = tl.load(table + chunk, mask=chunk <= (end - 1) // TOKENS, other=-1)
+    return tl.max(page, 0) >= 0

@@ -25,6 +25,7 @@ from crosspool.kernels.triton.batch import (
     NOT_SPECIAL,
     KvPlace,
     Pass,
+    any_here,
     first_seen,
     kv_arguments,
     position_of,
@@ -36,6 +37,10 @@ from crosspool.kernels.triton.states import States, merge_states, store_state
 
 _QUERIES: tl.constexpr = tl.constexpr(words.QUERIES)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
+
+SPLITS = 32
+"""States that attend_splits makes of each query and head. No property of the chip, for the order of sums
+depends on it: one query of a model with few key-value heads then has a program on most multiprocessors."""
 
 HEADS_AT_ONCE = 32
 """Most query heads that a program has; tensor cores want 16 at least, heads beyond a group's are padding."""
@@ -61,9 +66,37 @@ def decode_attention(
 
 
 def attend_blocks(
-    batch: Pass, kv: KvPlace, shape: AttentionShape, query: Tensor, states: States, splits: int
+    batch: Pass,
+    kv: KvPlace,
+    shape: AttentionShape,
+    query: Tensor,
+    states: States,
+    splits: int,
+    *,
+    sparse: bool = False,
 ) -> None:
-    """Only the states, of one part: of every block that a query sees, and what this device has of it."""
+    """Only the states, of one part: of every block that a query sees, and what this device has of it. With
+    ``sparse`` no time is lost with blocks of which it has nothing."""
+    _launch(batch, kv, shape, query, states, splits, sparse=sparse, running=False)
+
+
+def attend_splits(batch: Pass, kv: KvPlace, shape: AttentionShape, query: Tensor, states: States) -> None:
+    """Likewise, but state s is of all blocks number s, s + S, s + 2 S and so on, where ``states`` has room
+    for S: memory does not grow with the context, and one block has no state of its own."""
+    _launch(batch, kv, shape, query, states, states.most_blocks, sparse=True, running=True)
+
+
+def _launch(
+    batch: Pass,
+    kv: KvPlace,
+    shape: AttentionShape,
+    query: Tensor,
+    states: States,
+    splits: int,
+    *,
+    sparse: bool,
+    running: bool,
+) -> None:
     tile = tile_of(shape, query)
     at_once = min(max(triton.next_power_of_2(shape.group), 16), HEADS_AT_ONCE)
     head_parts = shape.kv_heads * triton.cdiv(shape.group, at_once)
@@ -82,8 +115,11 @@ def attend_blocks(
         **shape_arguments(shape),
         AT_ONCE=at_once,
         TILE=tile,
+        SPARSE=sparse,
+        RUNNING=running,
         num_warps=warps(8 if shape.width > 256 else 4),
-        num_stages=stages(3),
+        # With three, the compiler keeps a running state in fewer registers than it needs.
+        num_stages=stages(2 if running else 3),
     )
 
 
@@ -114,9 +150,11 @@ def _attend_blocks(
     ROTARY_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RUNNING: tl.constexpr,
 ):
     """Program (t, i, s): of query t, some heads that share a key and value, and every block number s, s +
-    splits, and so on."""
+    splits, and so on. ``RUNNING``: one state of all of them, instead of one of each."""
     token, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if token >= tl.load(lane + _QUERIES):
         return
@@ -138,12 +176,21 @@ def _attend_blocks(
     base = arena + region + kv_head * (WIDTH + ROTARY)
     token_stride: tl.constexpr = KV_HEADS * (WIDTH + ROTARY)
     values_offset: tl.constexpr = TOKENS * KV_HEADS * WIDTH
-    for block in range(seen_from // _BLOCK + split, position // _BLOCK + 1, tl.num_programs(2)):
+    head = kv_head * GROUP + member
+    if RUNNING:
         best, total, values = nothing_yet(AT_ONCE, WIDTH_BLOCK)
+    for block in range(seen_from // _BLOCK + split, position // _BLOCK + 1, tl.num_programs(2)):
+        if not RUNNING:
+            best, total, values = nothing_yet(AT_ONCE, WIDTH_BLOCK)
+        stop = _BLOCK
+        if SPARSE:
+            end = tl.minimum((block + 1) * _BLOCK, position + 1)
+            here = any_here(table, tl.maximum(block * _BLOCK, seen_from), end, _BLOCK, TOKENS)
+            stop = tl.where(here, _BLOCK, 0)
         positions = block * _BLOCK + tl.arange(0, TILE)
         there = (positions >= seen_from) & (positions <= position)
         place, there = token_places(table, positions, there, page_stride, TOKENS, token_stride)
-        for _ in tl.range(0, _BLOCK, TILE):
+        for _ in tl.range(0, stop, TILE):
             # A tile's pages are looked up while the one before is computed.
             positions += TILE
             next_there = (positions >= seen_from) & (positions <= position)
@@ -168,12 +215,28 @@ def _attend_blocks(
                 True,
             )
             place, there = next_place, next_there
-        head = kv_head * GROUP + member
+        if not RUNNING:
+            store_state(
+                sums,
+                scores,
+                token,
+                block,
+                blocks,
+                head,
+                real,
+                best,
+                total,
+                values,
+                KV_HEADS * GROUP,
+                WIDTH,
+                WIDTH_BLOCK,
+            )
+    if RUNNING:
         store_state(
             sums,
             scores,
             token,
-            block,
+            split,
             blocks,
             head,
             real,

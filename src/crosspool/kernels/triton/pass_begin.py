@@ -11,7 +11,7 @@ from torch import Tensor
 from crosspool.kernels.triton import grant_words, words
 from crosspool.kernels.triton.batch import Pass
 
-_LAYERS = tl.constexpr(words.LAYERS)
+_LAYERS, _FREQUENCIES = tl.constexpr(words.LAYERS), tl.constexpr(words.FREQUENCIES)
 _GRANT, _ROWS, _QUERIES = tl.constexpr(words.GRANT), tl.constexpr(words.ROWS), tl.constexpr(words.QUERIES)
 _FAILED = tl.constexpr(words.FAILED)
 _STEPS, _MODEL_WORDS = tl.constexpr(words.STEPS), tl.constexpr(words.MODEL_WORDS)
@@ -46,9 +46,18 @@ def enter(lane: Tensor, grant: int) -> None:
     _enter[(1,)](lane, grant, num_warps=1)
 
 
-def lead(lane: Tensor, layers: int) -> None:
-    """On a device that has only FFNs of the model: its layers' words are at this address from now on."""
-    _lead[(1,)](lane, layers, num_warps=1)
+def lead(lane: Tensor, layers: int, frequencies: int = 0) -> None:
+    """On a device that is not the grant's home: the model's layers' words are at this address from now on,
+    and its frequencies, if it has the attention side too."""
+    _lead[(1,)](lane, layers, frequencies, num_warps=1)
+
+
+def find_pages(batch: Pass, first: int, count: int) -> None:
+    """On another KV device than the home, whose ``count`` pages begin with page ``first`` of the pool: its
+    page tables, made of the home's."""
+    entries = batch.pages[0].numel()
+    grid = (batch.most_rows, triton.cdiv(entries, _BLOCK.value))
+    _find_pages[grid](batch.lane, batch.pages, first, count, entries)
 
 
 def begin_pass(batch: Pass, rows: PassRows, most_rows: int) -> None:
@@ -90,9 +99,21 @@ def _enter(lane, grant):
         tl.store(lane + word, tl.load(words + word))
 
 
-@triton.jit(do_not_specialize=["layers"])
-def _lead(lane, layers):
+@triton.jit(do_not_specialize=["layers", "frequencies"])
+def _lead(lane, layers, frequencies):
     tl.store(lane + _LAYERS, layers)
+    tl.store(lane + _FREQUENCIES, frequencies)
+
+
+@triton.jit(do_not_specialize=["first", "count", "entries"])
+def _find_pages(lane, pages, first, count, entries):
+    """Program (r, i): some of row r's entries."""
+    if tl.program_id(0) >= tl.load(lane + _ROWS):
+        return
+    at = tl.program_id(1) * _BLOCK + tl.arange(0, _BLOCK)
+    own = pages + tl.program_id(0).to(tl.int64) * entries + at
+    page = -2 - tl.load(own, at < entries, -1) - first
+    tl.store(own, tl.where((page >= 0) & (page < count), page, -1), at < entries)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from crosspool.kernels.triton.batch import (
     NOT_SPECIAL,
     KvPlace,
     Pass,
+    any_here,
     first_seen,
     kv_arguments,
     table_arguments,
@@ -33,6 +34,7 @@ from crosspool.kernels.triton.chip import HOPPER, generation, stages, warps
 from crosspool.kernels.triton.states import States, store_state
 
 _ROWS: tl.constexpr = tl.constexpr(words.ROWS)
+_SPAN: tl.constexpr = tl.constexpr(1024)
 
 
 def prefill_attention(
@@ -48,7 +50,8 @@ def prefill_attention(
 
 def attend_part(batch: Pass, kv: KvPlace, shape: AttentionShape, query: Tensor, states: States) -> None:
     """Only the states, of one part, for rows whose contexts are on several devices: of what this device has,
-    all of it one block (``states`` has room for one). Merged by states.merge_states."""
+    all of it one block (``states`` has room for one). Merged by states.merge_states. No time is lost with
+    spans of _SPAN positions of which it has nothing."""
     _launch(batch, kv, shape, query, query, states)
 
 
@@ -163,31 +166,61 @@ def _prefill(
     base = arena + region + kv_head * (WIDTH + ROTARY)
     table = pages + row * pages_stride + pages_begin
     best, total, values = nothing_yet(ROWS, WIDTH_BLOCK)
-    best, total, values = _walk(
-        best,
-        total,
-        values,
-        own,
-        own_rotary,
-        position,
-        begin,
-        plain_end,
-        end,
-        window,
-        base,
-        table,
-        scale,
-        page_stride,
-        TOKENS,
-        KV_HEADS,
-        WIDTH,
-        ROTARY,
-        WIDTH_BLOCK,
-        ROTARY_BLOCK,
-        TILE,
-        sums is not None,
-        False,
-    )
+    if sums is None:
+        best, total, values = _walk(
+            best,
+            total,
+            values,
+            own,
+            own_rotary,
+            position,
+            begin,
+            plain_end,
+            end,
+            window,
+            base,
+            table,
+            scale,
+            page_stride,
+            TOKENS,
+            KV_HEADS,
+            WIDTH,
+            ROTARY,
+            WIDTH_BLOCK,
+            ROTARY_BLOCK,
+            TILE,
+            False,
+            False,
+        )
+    else:
+        for span in tl.range(begin, plain_end, _SPAN):
+            span_end = tl.minimum(span + _SPAN, plain_end)
+            span_end = tl.where(any_here(table, span, span_end, _SPAN, TOKENS), span_end, span)
+            best, total, values = _walk(
+                best,
+                total,
+                values,
+                own,
+                own_rotary,
+                position,
+                span,
+                span_end,
+                end,
+                window,
+                base,
+                table,
+                scale,
+                page_stride,
+                TOKENS,
+                KV_HEADS,
+                WIDTH,
+                ROTARY,
+                WIDTH_BLOCK,
+                ROTARY_BLOCK,
+                TILE,
+                True,
+                False,
+            )
     best, total, values = _walk(
         best,
         total,

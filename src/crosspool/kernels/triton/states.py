@@ -3,7 +3,8 @@
 A state is what a query's head has of one block of positions on one device: best score, total of weights, sum
 of values. States are merged in the order of devices within a block, and then of blocks, wherever they were
 computed; a state of nothing changes no bit. So a context on several devices gives the same bits as on one, if
-each block is on one of them.
+each block is on one of them. Where that would be too much to send, a device folds its states into one of
+each query and head first: then the bits are those of any one device only for what is wholly there.
 """
 
 from __future__ import annotations
@@ -52,8 +53,17 @@ class States(NamedTuple):
 
 def merge_states(batch: Pass, states: States, window: int | None, attended: Tensor) -> None:
     """The results of all queries to ``attended`` [T, N, width] in model dtype, from the states of all parts:
-    of the blocks that a query sees with this window, or with None of one block, which is all that it sees
-    (prefill.attend_part). Nothing is written for a row that does not live."""
+    of the blocks that a query sees with this window, or with None of all that there is room for. Nothing is
+    written for a row that does not live."""
+    _launch(batch, states, window, attended, None)
+
+
+def fold_states(batch: Pass, states: States, window: int | None, folded: States) -> None:
+    """Likewise to one state of each query and head, in a room of one part and one block."""
+    _launch(batch, states, window, folded.sums, folded.scores)
+
+
+def _launch(batch: Pass, states: States, window: int | None, out: Tensor, out_scores: Tensor | None) -> None:
     parts, queries, blocks, heads, width = states.sums.shape
     _merge[(batch.most_queries, heads)](
         batch.lane,
@@ -62,7 +72,8 @@ def merge_states(batch: Pass, states: States, window: int | None, attended: Tens
         batch.row_of,
         states.sums,
         states.scores,
-        attended,
+        out,
+        out_scores,
         window,
         queries * blocks * heads,
         blocks,
@@ -108,7 +119,8 @@ def _merge(
     row_of,
     sums,
     scores,
-    attended,
+    out,
+    out_scores,
     window,
     part_stride,
     blocks,
@@ -126,7 +138,7 @@ def _merge(
     if position < 0:
         return
     if window is None:
-        first, end = 0, 1
+        first, end = 0, blocks
     else:
         first, end = first_seen(position, window) // _BLOCK, position // _BLOCK + 1
     at = tl.arange(0, WIDTH_BLOCK)[None, :]
@@ -149,9 +161,15 @@ def _merge(
         total = total * fade + tl.sum(block_total * weight, 0)
         merged = merged * fade[:, None] + tl.sum(block_sums * weight[:, None], 0)[None, :]
         best = new_best
-    result = (merged / total[:, None]).to(attended.dtype.element_ty)
-    out = attended + (query.to(tl.int64) * HEADS + head) * WIDTH
-    tl.store(out + at, result, mask=at < WIDTH)
+    place = query.to(tl.int64) * HEADS + head
+    if out_scores is None:
+        result = (merged / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place * WIDTH + at, result, mask=at < WIDTH)
+    else:
+        tl.store(out + place * WIDTH + at, merged, mask=at < WIDTH)
+        one = tl.arange(0, 1)
+        tl.store(out_scores + 2 * place + one, best)
+        tl.store(out_scores + 2 * place + 1 + one, total)
 
 
 @triton.jit

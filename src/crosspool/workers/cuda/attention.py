@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -12,13 +13,13 @@ from crosspool.core.spec import GqaSpec, MlaSpec
 from crosspool.kernels.triton import words
 from crosspool.kernels.triton.attend import AttentionShape
 from crosspool.kernels.triton.batch import KvPlace, Pass
-from crosspool.kernels.triton.decode import decode_attention
+from crosspool.kernels.triton.decode import attend_blocks, decode_attention
 from crosspool.kernels.triton.gqa_write import gqa_write
 from crosspool.kernels.triton.latents import latents_into_values, queries_into_latents
 from crosspool.kernels.triton.linear import Projection, linear, linear_room
 from crosspool.kernels.triton.mla_write import mla_write, rotate_queries
-from crosspool.kernels.triton.prefill import prefill_attention
-from crosspool.kernels.triton.states import States
+from crosspool.kernels.triton.prefill import attend_part, prefill_attention
+from crosspool.kernels.triton.states import States, fold_states
 from crosspool.kernels.triton.tiles import Chip
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import Limits
@@ -26,10 +27,23 @@ from crosspool.workers.cuda.room import META, Room
 
 
 @dataclass(frozen=True, slots=True)
+class KvPages:
+    """The pages of one KV device: ``arena`` (uint8 [pages, page_bytes]) has the pool's from ``first`` on."""
+
+    arena: Tensor
+    first: int
+
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + len(self.arena))
+
+
+@dataclass(frozen=True, slots=True)
 class HomeSurroundings:
     """What a lane shares with others on its home: the ``arena`` of pages (uint8 [pages, page_bytes]), the
     chip and how many programs it runs side by side, how many bytes grant memory's host mirror is further on,
-    and the ``most_rows`` of any grant. Each FFN is made in so many ``parts``."""
+    and the ``most_rows`` of any grant. Each FFN is made in so many ``parts``. ``others`` are the pages of
+    other KV devices that a sequence may have pages on, by their teams."""
 
     arena: Tensor
     chip: Chip
@@ -37,24 +51,51 @@ class HomeSurroundings:
     mirror: int
     most_rows: int
     parts: int
+    others: Mapping[int, KvPages] = field(default_factory=dict)
 
 
 class AttentionLaunches(Protocol):
-    """One kind of attention, between the norms."""
+    """One kind of attention, between the norms, but for attention itself."""
 
-    def __call__(self, layer: int, normed: Tensor, out: Tensor) -> None:
-        """Of normed hidden states [T, H], whose keys and values go to their pages, to ``out`` [T, H]."""
+    def project(self, layer: int, kv: KvPlace, normed: Tensor) -> None:
+        """Of normed hidden states [T, H], queries to where they are attended from, and keys and values to
+        those of their pages that are on this device."""
+        ...
+
+    def output(self, layer: int, out: Tensor) -> None:
+        """Of what was attended, to ``out`` [T, H]."""
         ...
 
 
 def attention_launches(
-    geometry: Geometry, limits: Limits, phase: Phase, around: HomeSurroundings, batch: Pass, room: Room
+    geometry: Geometry,
+    limits: Limits,
+    chip: Chip,
+    batch: Pass,
+    query: Tensor,
+    attended: Tensor | None,
+    room: Room,
 ) -> AttentionLaunches:
+    """``query`` [T, N, key width] and ``attended`` [T, N, width] are rooms of attention; without the latter
+    there is no output."""
     match geometry.attention:
         case GqaSpec() as gqa:
-            return GqaLaunches(geometry, gqa, limits, phase, around, batch, room)
+            return GqaLaunches(geometry, gqa, limits, chip, batch, query, attended, room)
         case MlaSpec() as mla:
-            return MlaLaunches(geometry, mla, limits, phase, around, batch, room)
+            return MlaLaunches(geometry, mla, limits, chip, batch, query, attended, room)
+
+
+def attention_shape(geometry: Geometry) -> AttentionShape:
+    match geometry.attention:
+        case GqaSpec() as gqa:
+            return AttentionShape(gqa.num_heads, gqa.num_kv_heads, gqa.head_dim, 0, gqa.scale)
+        case MlaSpec() as mla:
+            return AttentionShape(mla.num_heads, 1, mla.kv_lora_rank, mla.qk_rope_head_dim, mla.scale)
+
+
+def kv_place(geometry: Geometry, layer: int, arena: Tensor) -> KvPlace:
+    layout, kv = geometry.layout, geometry.kv(layer)
+    return KvPlace(arena, layout.page_bytes, kv.offset, layout.tokens_per_page, kv.group, kv.window or 0)
 
 
 class Attend:
@@ -64,15 +105,12 @@ class Attend:
     def __init__(
         self,
         geometry: Geometry,
-        shape: AttentionShape,
         limits: Limits,
         phase: Phase,
         around: HomeSurroundings,
         room: Room,
     ) -> None:
-        self._geometry = geometry
-        self._shape = shape
-        self._arena = around.arena
+        self._shape = shape = attention_shape(geometry)
         self._states: States | None = None
         if phase is Phase.DECODE:
             context = geometry.spec.max_context
@@ -82,18 +120,20 @@ class Attend:
         self.query = room.take((limits.queries, shape.heads, shape.key_width), geometry.dtype)
         self.attended = room.take((limits.queries, shape.heads, shape.width), geometry.dtype)
 
-    def place(self, layer: int) -> KvPlace:
-        layout, kv = self._geometry.layout, self._geometry.kv(layer)
-        return KvPlace(
-            self._arena, layout.page_bytes, kv.offset, layout.tokens_per_page, kv.group, kv.window or 0
-        )
-
     def __call__(self, batch: Pass, kv: KvPlace) -> None:
         """From ``query`` to ``attended``."""
         if self._states is None:
             prefill_attention(batch, kv, self._shape, self.query, self.attended)
         else:
             decode_attention(batch, kv, self._shape, self.query, self._states, self.attended, self._splits)
+
+    def fold(self, batch: Pass, kv: KvPlace, folded: States) -> None:
+        """From ``query`` to one state of each query and head, of what is on this device."""
+        if self._states is None:
+            attend_part(batch, kv, self._shape, self.query, folded)
+        else:
+            attend_blocks(batch, kv, self._shape, self.query, self._states, self._splits, sparse=True)
+            fold_states(batch, self._states, kv.window, folded)
 
 
 class GqaLaunches:
@@ -104,43 +144,44 @@ class GqaLaunches:
         geometry: Geometry,
         spec: GqaSpec,
         limits: Limits,
-        phase: Phase,
-        around: HomeSurroundings,
+        chip: Chip,
         batch: Pass,
+        query: Tensor,
+        attended: Tensor | None,
         room: Room,
     ) -> None:
-        self._geometry, self._spec, self._batch, self._chip = geometry, spec, batch, around.chip
+        self._geometry, self._spec, self._batch, self._chip = geometry, spec, batch, chip
+        self._query, self._attended = query, attended
         hidden, width = geometry.hidden, spec.num_heads * spec.head_dim
         stacked = width + 2 * spec.num_kv_heads * spec.head_dim
         self._qkv = Projection(stacked, hidden, words.QKV, words.QKV_BIAS if spec.qkv_bias else None)
         self._output = Projection(
             hidden, width, words.OUTPUT, words.OUTPUT_BIAS if spec.output_bias else None
         )
-        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, 0, spec.scale)
-        self._attend = Attend(geometry, shape, limits, phase, around, room)
         self._projected = room.take((limits.queries, stacked), geometry.dtype)
-        pattern = linear_room([self._qkv, self._output], limits.queries, geometry.dtype, around.chip, META)
+        pattern = linear_room([self._qkv, self._output], limits.queries, geometry.dtype, chip, META)
         self._room = room.like(pattern)
 
-    def __call__(self, layer: int, normed: Tensor, out: Tensor) -> None:
-        batch, spec, rope, attend = self._batch, self._spec, self._geometry.spec.rope, self._attend
-        kv = attend.place(layer)
+    def project(self, layer: int, kv: KvPlace, normed: Tensor) -> None:
+        batch, spec, rope = self._batch, self._spec, self._geometry.spec.rope
         linear(self._qkv, batch.lane, layer, normed, self._projected, self._room, self._chip)
         gqa_write(
             batch,
             kv,
             layer,
             self._projected,
-            attend.query,
+            self._query,
             spec.num_kv_heads,
             rope.dim,
             interleaved=rope.interleaved,
             gain=self._geometry.gain,
             norm_epsilon=self._geometry.spec.norm_eps if spec.qk_norm else None,
         )
-        attend(batch, kv)
-        attended = attend.attended.view(len(normed), -1)
-        linear(self._output, batch.lane, layer, attended, out, self._room, self._chip)
+
+    def output(self, layer: int, out: Tensor) -> None:
+        assert self._attended is not None
+        attended = self._attended.view(len(out), -1)
+        linear(self._output, self._batch.lane, layer, attended, out, self._room, self._chip)
 
 
 class MlaLaunches:
@@ -151,12 +192,14 @@ class MlaLaunches:
         geometry: Geometry,
         spec: MlaSpec,
         limits: Limits,
-        phase: Phase,
-        around: HomeSurroundings,
+        chip: Chip,
         batch: Pass,
+        query: Tensor,
+        attended: Tensor | None,
         room: Room,
     ) -> None:
-        self._geometry, self._spec, self._batch, self._chip = geometry, spec, batch, around.chip
+        self._geometry, self._spec, self._batch, self._chip = geometry, spec, batch, chip
+        self._absorbed, self._attended = query, attended
         hidden, heads, queries, dtype = geometry.hidden, spec.num_heads, limits.queries, geometry.dtype
         rank, rotary, own_rank = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.q_lora_rank or 0
         width = spec.qk_nope_head_dim + rotary
@@ -165,18 +208,16 @@ class MlaLaunches:
         self._query = Projection(heads * width, own_rank or hidden, words.QUERY)
         bias = words.OUTPUT_BIAS if spec.bias else None
         self._output = Projection(hidden, heads * spec.v_head_dim, words.OUTPUT, bias)
-        shape = AttentionShape(heads, 1, rank, rotary, spec.scale)
-        self._attend = Attend(geometry, shape, limits, phase, around, room)
         self._latents = room.take((queries, self._down.outputs), dtype)
         self._query_latents = room.take((queries, own_rank), dtype) if own_rank else None
         self._projected = room.take((queries, heads, width), dtype)
-        self._values = room.take((queries, heads, spec.v_head_dim), dtype)
-        pattern = linear_room([self._down, self._query, self._output], queries, dtype, around.chip, META)
+        self._values = None if attended is None else room.take((queries, heads, spec.v_head_dim), dtype)
+        pattern = linear_room([self._down, self._query, self._output], queries, dtype, chip, META)
         self._room = room.like(pattern)
 
-    def __call__(self, layer: int, normed: Tensor, out: Tensor) -> None:
-        batch, spec, attend = self._batch, self._spec, self._attend
-        kv, rotary, nope = attend.place(layer), spec.qk_rope_head_dim, spec.qk_nope_head_dim
+    def project(self, layer: int, kv: KvPlace, normed: Tensor) -> None:
+        batch, spec, query = self._batch, self._spec, self._absorbed
+        rotary, nope = spec.qk_rope_head_dim, spec.qk_nope_head_dim
         interleaved, gain = self._geometry.spec.rope.interleaved, self._geometry.gain
         self._linear(self._down, layer, normed, self._latents)
         mla_write(
@@ -192,11 +233,13 @@ class MlaLaunches:
         )
         source = normed if self._query_latents is None else self._query_latents
         self._linear(self._query, layer, source, self._projected.view(len(normed), -1))
-        queries_into_latents(batch, layer, self._projected, nope, attend.query)
-        rotate_queries(batch, self._projected, attend.query, rotary, interleaved=interleaved, gain=gain)
-        attend(batch, kv)
-        latents_into_values(batch, layer, attend.attended, self._values)
-        self._linear(self._output, layer, self._values.view(len(normed), -1), out)
+        queries_into_latents(batch, layer, self._projected, nope, query)
+        rotate_queries(batch, self._projected, query, rotary, interleaved=interleaved, gain=gain)
+
+    def output(self, layer: int, out: Tensor) -> None:
+        assert self._attended is not None and self._values is not None
+        latents_into_values(self._batch, layer, self._attended, self._values)
+        self._linear(self._output, layer, self._values.view(len(out), -1), out)
 
     def _linear(self, projection: Projection, layer: int, source: Tensor, out: Tensor) -> None:
         linear(projection, self._batch.lane, layer, source, out, self._room, self._chip)

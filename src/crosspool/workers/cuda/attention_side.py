@@ -6,6 +6,7 @@ from torch import Tensor
 
 from crosspool.core.batch import Phase
 from crosspool.kernels.triton import words
+from crosspool.kernels.triton.batch import KvPlace
 from crosspool.kernels.triton.choice import choose
 from crosspool.kernels.triton.linear import Projection, linear, linear_room
 from crosspool.kernels.triton.logprobs import report
@@ -14,7 +15,7 @@ from crosspool.kernels.triton.parts import add_parts
 from crosspool.kernels.triton.pass_again import ask_again
 from crosspool.kernels.triton.pass_begin import begin_pass
 from crosspool.kernels.triton.pass_end import end_pass
-from crosspool.workers.cuda.attention import HomeSurroundings, attention_launches
+from crosspool.workers.cuda.attention import Attend, HomeSurroundings, attention_launches, kv_place
 from crosspool.workers.cuda.geometry import Geometry
 from crosspool.workers.cuda.lane import Limits, Ring, carve_head, carve_hidden, carve_pass
 from crosspool.workers.cuda.room import META, Room
@@ -44,7 +45,10 @@ class AttentionSidePass:
         self._head_room = room.like(
             linear_room([self._head_projection], limits.rows, geometry.dtype, around.chip, META)
         )
-        self._attention = attention_launches(geometry, limits, phase, around, self.batch, room)
+        self._attend = attend = Attend(geometry, limits, phase, around, room)
+        self._attention = attention_launches(
+            geometry, limits, around.chip, self.batch, attend.query, attend.attended, room
+        )
 
     @property
     def lane(self) -> Tensor:
@@ -62,11 +66,10 @@ class AttentionSidePass:
 
     def attention(self, layer: int) -> None:
         """The attention half of a layer, from what the FFNs of the layer before have made."""
-        hidden, epsilon = self.hidden, self.geometry.spec.norm_eps
-        before = self._ffn_output() if layer > 0 else None
-        layer_norm(self.batch, layer, words.INPUT_NORM, hidden.stream, before, hidden.normed, epsilon)
-        self._attention(layer, hidden.normed, hidden.addend)
-        layer_norm(self.batch, layer, words.FFN_NORM, hidden.stream, hidden.addend, hidden.normed, epsilon)
+        self._norm(layer)
+        kv = self._project(layer)
+        self._attend(self.batch, kv)
+        self._output(layer)
 
     def head(self) -> None:
         """Final norm, LM head and token choice, and the end of the pass."""
@@ -89,6 +92,21 @@ class AttentionSidePass:
     def end(self) -> None:
         """Of a pass without head: no row chooses a token."""
         end_pass(self.batch.lane, self.rows, self._around.most_rows, self._ring.records, self._ring.written)
+
+    def _norm(self, layer: int) -> None:
+        hidden, epsilon = self.hidden, self.geometry.spec.norm_eps
+        before = self._ffn_output() if layer > 0 else None
+        layer_norm(self.batch, layer, words.INPUT_NORM, hidden.stream, before, hidden.normed, epsilon)
+
+    def _project(self, layer: int) -> KvPlace:
+        kv = kv_place(self.geometry, layer, self._around.arena)
+        self._attention.project(layer, kv, self.hidden.normed)
+        return kv
+
+    def _output(self, layer: int) -> None:
+        hidden, epsilon = self.hidden, self.geometry.spec.norm_eps
+        self._attention.output(layer, hidden.addend)
+        layer_norm(self.batch, layer, words.FFN_NORM, hidden.stream, hidden.addend, hidden.normed, epsilon)
 
     def _ffn_output(self) -> Tensor:
         if self._around.parts == 1:

@@ -6,6 +6,8 @@ time.
 
 What fails while it is launched fails its micro-batch alone. A device that fails (DeviceError) takes with it
 the grants whose home's streams it stops, and those that come; once no home is left, nothing can be relied on.
+Where models have no homes of their own, whatever comes next may have pages on that device: then the grants of
+other homes come to their ends, and nothing begins.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from crosspool.core.batch import Event, Grant, RetiredEvent, TokenEvent, row_aft
 from crosspool.core.errors import DeviceError, InvariantError
 from crosspool.core.ids import GrantId, KvDevice, ModelIndex, Nanoseconds, RequestId
 from crosspool.core.protocols import Clock
-from crosspool.core.topology import Topology
+from crosspool.core.topology import Sharding, Topology
 from crosspool.kernels.triton.grant_words import (
     FAILURE,
     RECORD_GRANT,
@@ -63,6 +65,8 @@ class Feeder:
         self._flights: dict[GrantId, Flight] = {}
         self._events: list[Event] = []
         self._failed: set[int] = set()
+        self._lost: DeviceError | None = None
+        self._bound = topology.sharding is Sharding.MODEL
         self.pipe = TokenPipe()
         self.told = False
         self.broken: Exception | None = None
@@ -78,12 +82,14 @@ class Feeder:
         """Raises InvariantError for a grant larger than the lanes, or one that cannot run where it is to."""
         self._check(grant)
         home, model = self._homes[grant.kv_device], self._models[grant.model]
-        if home.team in self._failed:
+        if home.team in self._failed or (self._failed and not self._bound):
             self._tell(RetiredEvent(grant.id, NO_TIMES, FAILED))
             return
         layout, words = model.geometry.layout, model.lane_words(home.team)
-        packed = PackedGrant(grant, words, layout, home.memory, home.first_page)
-        route = route_of(self._topology, grant.kv_device, model.geometry.num_layers)
+        others = [self._homes[device] for device in grant.elsewhere]
+        packed = PackedGrant(grant, words, layout, home.memory, home.pages, [other.pages for other in others])
+        layers = model.geometry.num_layers
+        route = route_of(self._topology, grant.kv_device, layers, spread=bool(others))
         flight = Flight(grant, packed, model, route, grant.start_by)
         flight.passed = passed_at_begin(flight, self._flights.values())
         self._flights[grant.id] = flight
@@ -112,12 +118,12 @@ class Feeder:
                 f"grant {grant.id} has {tokens} tokens in {rows} rows; "
                 f"lanes are for {most.queries} in {most.rows}"
             )
-        home = self._topology.attention_team(grant.kv_device)
-        if grant.elsewhere or self._models[grant.model].home != home:
-            raise InvariantError(
-                f"grant {grant.id}: model {grant.model} and all pages of its rows must be on its home, "
-                f"KV device {grant.kv_device}"
-            )
+        homes = self._models[grant.model].homes
+        for device in (grant.kv_device, *grant.elsewhere):
+            if device >= len(self._homes) or self._homes[device].team not in homes:
+                raise InvariantError(
+                    f"grant {grant.id}: KV device {device} has no attention side of model {grant.model}"
+                )
 
     # -- the devices' side ------------------------------------------------------------------------------
 
@@ -133,6 +139,8 @@ class Feeder:
             except DeviceError as error:
                 self._fail(home, error)
                 busy = True
+        if self._lost is not None and not self._bound and self.idle:
+            self.broken, self.told = self._lost, True
         return busy
 
     def _feed(self, home: Home) -> bool:
@@ -234,6 +242,7 @@ class Feeder:
 
     def _fail(self, home: Home, error: DeviceError) -> None:
         """Something on the way of this home's grants has failed: they end, and so does whatever comes."""
+        self._lost = error
         _log.error("nothing runs any more that is at home on KV device %d: %s", home.team, error)
         self._failed.add(home.team)
         for flight in self._at(home):
@@ -251,12 +260,23 @@ def _row_left(flight: Flight) -> None:
         flight.lane.row_left(flight)
 
 
-def route_of(topology: Topology, home: KvDevice, num_layers: int) -> Route:
-    """Where the halves of a model's layers are, of a micro-batch with this home."""
+def route_of(topology: Topology, home: KvDevice, num_layers: int, *, spread: bool = False) -> Route:
+    """Where the halves of a model's layers are, of a micro-batch with this home whose contexts are there, or
+    ``spread`` over several KV devices."""
+    kv = topology.attention_devices(home) if spread else ()
     return Route(
         int(topology.attention_team(home)),
         tuple(
             tuple(int(topology.weights_team(device)) for device in topology.ffn_devices(layer, home))
             for layer in range(num_layers)
         ),
+        tuple(int(topology.attention_team(device)) for device in kv),
     )
+
+
+def routes_of(topology: Topology, home: KvDevice, num_layers: int) -> tuple[Route, ...]:
+    """All that such a micro-batch may take."""
+    alone = route_of(topology, home, num_layers)
+    if len(topology.attention_devices(home)) == 1:
+        return (alone,)
+    return alone, route_of(topology, home, num_layers, spread=True)

@@ -21,6 +21,7 @@ from crosspool.core.kv_layout import KvLayout
 from crosspool.core.request import TokenLogprobs
 from crosspool.kernels.choice_fields import STOPS, read_report
 from crosspool.kernels.triton import grant_words as words
+from crosspool.kernels.triton.batch import elsewhere
 from crosspool.kernels.triton.words import MODEL_WORDS
 from crosspool.workers.cuda.room import ALIGNMENT
 from crosspool.workers.grant_rows import check_pages, describe_row_choice
@@ -84,18 +85,26 @@ def put_idle_grant(memory: GrantMemory, model: Sequence[int]) -> tuple[int, torc
 
 class PackedGrant:
     """One grant, laid out in its span of host memory. Records say by its id whose they are, ``model`` is
-    MODEL_WORDS words, and the arena begins with page ``first_page``."""
+    MODEL_WORDS words, ``home`` are the pages of its home and ``others`` those of the other devices that it
+    names. Raises InvariantError if a page is on neither."""
 
     def __init__(
-        self, grant: Grant, model: Sequence[int], layout: KvLayout, memory: GrantMemory, first_page: int = 0
+        self,
+        grant: Grant,
+        model: Sequence[int],
+        layout: KvLayout,
+        memory: GrantMemory,
+        home: range,
+        others: Sequence[range] = (),
     ) -> None:
         for row in grant.rows:
             check_pages(row, layout)
+        tables = [_page_tables(row, home, others) for row in grant.rows]
         self._choices = [
             None if row.choice is None else describe_row_choice(row.choice, row.steps) for row in grant.rows
         ]
         self.span = memory.take(self._bytes(grant))
-        self._memory, self._first_page = memory, first_page
+        self._memory = memory
         self._numbers = {row.request: number for number, row in enumerate(grant.rows)}
         self._place = self.span.begin
         self._choice_words: list[np.ndarray | None] = []
@@ -107,10 +116,10 @@ class PackedGrant:
         header[:MODEL_WORDS] = model
         header[words.GRANT_ROWS], header[words.GRANT_STEPS] = len(grant.rows), grant.steps
         header[words.NUMBER], header[words.FLAGS] = grant.id, flags_at + memory.mirror
-        for own, row, choice in zip(
-            rows.reshape(-1, words.ROW_WORDS), grant.rows, self._choices, strict=True
+        for own, row, table, choice in zip(
+            rows.reshape(-1, words.ROW_WORDS), grant.rows, tables, self._choices, strict=True
         ):
-            self._put_row(own, row, choice)
+            self._put_row(own, row, table, choice)
 
     @property
     def address(self) -> int:
@@ -144,13 +153,12 @@ class PackedGrant:
         assert fields is not None
         return TokenLogprobs(*read_report(fields, made - 1))
 
-    def _put_row(self, own: np.ndarray, row: Row, choice: np.ndarray | None) -> None:
+    def _put_row(self, own: np.ndarray, row: Row, table: np.ndarray, choice: np.ndarray | None) -> None:
         own[:] = 0
         own[words.FIRST], own[words.COUNT], own[words.ROW_STEPS] = row.start, len(row.tokens), row.steps
         own[words.INPUTS] = self._fill(row.tokens, np.int32)[1]
         own[words.CHUNKS] = len(row.pages[0])
-        pages = np.fromiter(chain.from_iterable(row.pages), np.int32)
-        own[words.TABLES] = self._fill(np.where(pages < 0, pages, pages - self._first_page), np.int32)[1]
+        own[words.TABLES] = self._fill(table, np.int32)[1]
         if row.choice is None or choice is None:
             self._choice_words.append(None)
             return
@@ -180,6 +188,22 @@ class PackedGrant:
         begin, size = self._place, count * np.dtype(dtype).itemsize
         self._place += -(-size // 8) * 8
         return self._memory.host[begin : begin + size].numpy().view(dtype)
+
+
+def _page_tables(row: Row, home: range, others: Sequence[range]) -> np.ndarray:
+    """A row's page tables, one after another, as its home knows them."""
+    pages = np.fromiter(chain.from_iterable(row.pages), np.int32)
+    here = _among(pages, home)
+    known = here | (pages < 0)
+    for other in others:
+        known |= _among(pages, other)
+    if not known.all():
+        raise InvariantError(f"request {row.request} has pages on a KV device that its grant does not name")
+    return np.where(here, pages - home.start, elsewhere(pages))
+
+
+def _among(pages: np.ndarray, those: range) -> np.ndarray:
+    return (pages >= those.start) & (pages < those.stop)
 
 
 def most_grant_bytes(rows: int, entries: int, tokens: int, listed: int) -> int:

@@ -14,7 +14,7 @@ from crosspool.core.batch import Phase
 from crosspool.core.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from crosspool.kernels.choice_fields import CHOICE_WORDS, report_words
 from crosspool.kernels.triton.crossing import FLAG_WORDS
-from crosspool.workers.cuda.attention import HomeSurroundings
+from crosspool.workers.cuda.attention import HomeSurroundings, KvPages
 from crosspool.workers.cuda.crossing import Track, Way, way_between
 from crosspool.workers.cuda.geometry import LEAST_QUERIES, Geometry, buckets
 from crosspool.workers.cuda.grant import GrantMemory, most_grant_bytes, put_idle_grant
@@ -90,10 +90,9 @@ class HomePlan:
     lanes: LanesOf = LanesOf()
     sides: Sides = field(default_factory=TritonSides)
 
-    def around(self, arena: Tensor, mirror: int) -> HomeSurroundings:
-        device = self.devices[self.team]
-        most_rows = self.limits.most_rows
-        return HomeSurroundings(arena, device.chip, device.processors, mirror, most_rows, self.parts)
+    def around(self, arena: Tensor, mirror: int, others: Mapping[int, KvPages]) -> HomeSurroundings:
+        device, most_rows = self.devices[self.team], self.limits.most_rows
+        return HomeSurroundings(arena, device.chip, device.processors, mirror, most_rows, self.parts, others)
 
     @property
     def grant_bytes(self) -> int:
@@ -111,7 +110,8 @@ class HomePlan:
         """Bytes, and int32 zeros, that a lane needs on each team's device: carved once without memory."""
         needs: dict[int, tuple[int, int]] = {}
         nothing = torch.empty(0, dtype=torch.uint8, device=META)
-        around, ring = self.around(nothing, 0), Ring(nothing, nothing)
+        others = {team: KvPages(nothing, 0) for _, route in self.keys for team in route.others}
+        around, ring = self.around(nothing, 0, others), Ring(nothing, nothing)
         for geometry, route in self.keys:
             tracks = {
                 team: Track(self.devices[team], object(), nothing, nothing, nothing, self.way(team, phase))
@@ -144,20 +144,19 @@ class HomePlan:
 
 
 class Home:
-    """``arena`` (uint8 [pages, page_bytes]) has the pages from ``first_page`` on; ``models`` are one of each
-    key. Everything is allocated and recorded here."""
+    """``kv`` are the pages of every KV device that its sequences may have some on, by their teams; ``models``
+    are one of each key. Everything is allocated and recorded here."""
 
     def __init__(
         self,
         plan: HomePlan,
-        arena: Tensor,
-        first_page: int,
+        kv: Mapping[int, KvPages],
         models: Mapping[Key, DeviceModel],
         prepared: Prepared = lambda done, total: None,
     ) -> None:
-        self.team, self.first_page = plan.team, first_page
+        self.team, self.pages = plan.team, kv[plan.team].numbers
         self.memory = GrantMemory(plan.devices[plan.team], plan.grant_bytes)
-        around = plan.around(arena, self.memory.mirror)
+        around = plan.around(kv[plan.team].arena, self.memory.mirror, kv)
         self.lanes = [lane for phase in Phase for lane in _make_lanes(plan, phase, around)]
         total = sum(len(models) * len(plan.limits.passes(lane.phase)) for lane in self.lanes)
         done = 0

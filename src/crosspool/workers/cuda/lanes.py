@@ -152,9 +152,12 @@ class Lane:
                 self.track.device.follow(self.track.stream, track.stream)
 
     def units_done(self) -> Iterator[Unit]:
-        """Those that have run since the last call, in order."""
+        """Those that have run since the last call, in order. Raises DeviceError, also if a device has failed
+        for which the first that has not run may wait."""
         while self._units and self._units[0].end.done():
             yield self._units.popleft()
+        for team in self._units[0].flight.route.teams if self._units else ():
+            self._tracks[team].device.check()
 
     def release(self, flight: Flight) -> None:
         """Nothing of the flight is in the streams, nor will be."""
@@ -180,11 +183,12 @@ class Lane:
     def enter(self, lane_pass: LanePass, grant: int, model: DeviceModel) -> None:
         """The lane runs the grant at this address from now on, with this model's weights. Before, its streams
         wait for each other, whatever became of the grant that was there."""
-        home, sides, ports = self.track, self._sides, [own.port for own in lane_pass.remotes.values()]
-        for port in ports:
+        home, sides = self.track, self._sides
+        for port in lane_pass.others:
             device, stream = port.track.device, port.track.stream
+            layers, *_, frequencies = model.lane_words(port.team)
             device.follow(stream, home.stream)
-            device.run(stream, partial(sides.lead, port.words, model.lane_words(port.team)[0]))
+            device.run(stream, partial(sides.lead, port.words, layers, frequencies))
         lane_pass.settle(failed=False)
         home.device.run(home.stream, partial(sides.enter, lane_pass.home.words, grant))
 

@@ -1,13 +1,14 @@
 """A model on devices: its weights in their arenas, and the words that lead kernels to them
 (kernels/triton/words.py).
 
-The attention side is on the model's home. The weight table of the weights pool is the other part: on every
-weights device a table of layers, which has the words of those FFNs, or shards of FFNs, that are there.
+The attention side is on the model's home, or on every KV device where models have no homes. The weight table
+of the weights pool is the other part: on every weights device a table of layers, which has the words of those
+FFNs, or shards of FFNs, that are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class FfnPlace(NamedTuple):
 
 
 class DeviceModel:
-    """``arenas`` are those of all teams, and ``home`` is the team that has the attention side."""
+    """``arenas`` are those of all teams. Each of the teams ``homes`` has the attention side."""
 
     def __init__(
         self,
@@ -53,21 +54,27 @@ class DeviceModel:
         layout: KvLayout,
         weights: AttentionSideWeights,
         arenas: Mapping[int, WeightsArena],
-        home: int,
+        homes: Sequence[int],
     ) -> None:
         self.geometry = Geometry.of(spec, layout)
-        self.home = home
+        self.homes = tuple(homes)
         self._arenas = arenas
         self._tables: dict[int, Tensor] = {}
         self._host: dict[int, Tensor] = {}
         self._present: set[tuple[int, int]] = set()
-        arena = arenas[home]
+        self._lane_tensors = {home: self._put_attention_side(spec, weights, home) for home in homes}
+
+    def _put_attention_side(
+        self, spec: ModelSpec, weights: AttentionSideWeights, home: int
+    ) -> tuple[Tensor, ...]:
+        """Returns what the words of a lane behind the first lead to."""
+        arena = self._arenas[home]
         embedding = arena.put(weights.embedding)
         head = embedding if weights.head is weights.embedding else arena.put(weights.head)
         frequencies = arena.put(rope_frequencies(spec.rope)[0])
-        self._lane_tensors = (embedding, arena.put(weights.final_norm), head, frequencies)
         for layer, own in enumerate(weights.layers):
             self._note(home, layer, _attention_words(own, arena))
+        return embedding, arena.put(weights.final_norm), head, frequencies
 
     def put_ffn(self, layer: int, place: FfnPlace, weights: FfnWeights) -> None:
         """A layer's FFN, of which ``weights`` is the whole, as far as the place has it."""
@@ -104,9 +111,9 @@ class DeviceModel:
     def lane_words(self, team: int) -> list[int]:
         """The first MODEL_WORDS words of a lane on a device that has a part of the model."""
         layers = self._tables[team].data_ptr()
-        if team != self.home:
+        if team not in self.homes:
             return [layers] + [0] * (words.MODEL_WORDS - 1)
-        return [layers, *(tensor.data_ptr() for tensor in self._lane_tensors)]
+        return [layers, *(tensor.data_ptr() for tensor in self._lane_tensors[team])]
 
     def _note(self, team: int, layer: int, own: Words) -> None:
         if team not in self._host:

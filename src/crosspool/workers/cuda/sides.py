@@ -7,10 +7,13 @@ from typing import Protocol
 from torch import Tensor
 
 from crosspool.core.batch import Phase
+from crosspool.kernels.triton.batch import Pass
 from crosspool.kernels.triton.crossing import Carried, Flag, receive, send, settle
 from crosspool.kernels.triton.pass_begin import enter, lead
+from crosspool.kernels.triton.states import States
 from crosspool.kernels.triton.tiles import Chip
-from crosspool.workers.cuda.attention import HomeSurroundings
+from crosspool.workers.cuda.attention import HomeSurroundings, KvPages
+from crosspool.workers.cuda.attention_elsewhere import AttentionElsewhere, SpreadAttentionPass
 from crosspool.workers.cuda.attention_side import AttentionSidePass
 from crosspool.workers.cuda.ffn_side import FfnSidePass
 from crosspool.workers.cuda.geometry import Geometry
@@ -38,6 +41,39 @@ class AttentionSide(Protocol):
     def end(self) -> None: ...
 
 
+class SpreadSide(AttentionSide, Protocol):
+    """See attention_elsewhere.SpreadAttentionPass."""
+
+    @property
+    def batch(self) -> Pass: ...
+
+    @property
+    def states(self) -> States: ...
+
+    def norm(self, layer: int) -> None: ...
+
+    def part(self, layer: int) -> None: ...
+
+    def merge(self, layer: int) -> None: ...
+
+
+class PartSide(Protocol):
+    """See attention_elsewhere.AttentionElsewhere."""
+
+    @property
+    def batch(self) -> Pass: ...
+
+    @property
+    def normed(self) -> Tensor: ...
+
+    @property
+    def folded(self) -> States: ...
+
+    def begin(self) -> None: ...
+
+    def attention(self, layer: int) -> None: ...
+
+
 class FfnSide(Protocol):
     """See ffn_side.FfnSidePass."""
 
@@ -52,8 +88,8 @@ class Sides(Protocol):
         """Launch: the lane runs the grant at this address from now on."""
         ...
 
-    def lead(self, lane: Tensor, layers: int) -> None:
-        """Launch: likewise where the lane has no home, of the layers at this address."""
+    def lead(self, lane: Tensor, layers: int, frequencies: int) -> None:
+        """Launch: likewise where the lane has no home, of the layers and frequencies at these addresses."""
         ...
 
     def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
@@ -78,6 +114,29 @@ class Sides(Protocol):
         room: Room,
     ) -> AttentionSide: ...
 
+    def spread_attention(
+        self,
+        geometry: Geometry,
+        limits: Limits,
+        phase: Phase,
+        around: HomeSurroundings,
+        ring: Ring,
+        room: Room,
+        part: int,
+        parts: int,
+    ) -> SpreadSide: ...
+
+    def attention_elsewhere(
+        self,
+        geometry: Geometry,
+        limits: Limits,
+        phase: Phase,
+        pages: KvPages,
+        chip: Chip,
+        words: Tensor,
+        room: Room,
+    ) -> PartSide: ...
+
     def ffn(
         self, geometry: Geometry, queries: int, part: int, parts: int, chip: Chip, lane: Tensor, room: Room
     ) -> FfnSide: ...
@@ -89,8 +148,8 @@ class TritonSides:
     def enter(self, lane: Tensor, grant: int) -> None:
         enter(lane, grant)
 
-    def lead(self, lane: Tensor, layers: int) -> None:
-        lead(lane, layers)
+    def lead(self, lane: Tensor, layers: int, frequencies: int) -> None:
+        lead(lane, layers, frequencies)
 
     def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
         send(lane, carried, sizes, flag)
@@ -111,6 +170,31 @@ class TritonSides:
         room: Room,
     ) -> AttentionSide:
         return AttentionSidePass(geometry, limits, phase, around, ring, room)
+
+    def spread_attention(
+        self,
+        geometry: Geometry,
+        limits: Limits,
+        phase: Phase,
+        around: HomeSurroundings,
+        ring: Ring,
+        room: Room,
+        part: int,
+        parts: int,
+    ) -> SpreadSide:
+        return SpreadAttentionPass(geometry, limits, phase, around, ring, room, part, parts)
+
+    def attention_elsewhere(
+        self,
+        geometry: Geometry,
+        limits: Limits,
+        phase: Phase,
+        pages: KvPages,
+        chip: Chip,
+        words: Tensor,
+        room: Room,
+    ) -> PartSide:
+        return AttentionElsewhere(geometry, limits, phase, pages, chip, words, room)
 
     def ffn(
         self, geometry: Geometry, queries: int, part: int, parts: int, chip: Chip, lane: Tensor, room: Room
