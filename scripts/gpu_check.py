@@ -3,10 +3,10 @@ can do. Prints a table and writes one JSON.
 
     PYTHONPATH=src python scripts/gpu_check.py [--seconds 540] [--only ffn] [--json FILE]
 
-It runs from a source tree and needs torch, triton, numpy and safetensors. Without a GPU it ends with status
-2; there, --interpret runs its own code on the CPU with tiny shapes, and no time that it then prints means
-anything. Triton keeps what it has compiled, so a second run gets further in the same time. See
-benchmarks/gpu.
+It runs from a source tree and needs torch, triton, numpy and safetensors; without cuda-bindings nothing is
+said of loops. Without a GPU it ends with status 2; there, --interpret runs its own code on the CPU with tiny
+shapes, and no time that it then prints means anything. Triton keeps what it has compiled, so a second run
+gets further in the same time. See benchmarks/gpu.
 """
 
 from __future__ import annotations

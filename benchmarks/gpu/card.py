@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+from importlib import metadata
 
 import torch
 import triton
 
+from crosspool.backends.cuda_loop import BINDINGS
 from gpu.device import Gpu
 from gpu.results import Case, Figure
 
@@ -18,6 +20,7 @@ def describe() -> dict[str, object]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
+        "bindings": next((d.version for d in metadata.distributions(name=BINDINGS)), None),
     }
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)

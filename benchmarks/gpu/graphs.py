@@ -104,7 +104,7 @@ def loop(gpu: Gpu) -> list[Figure]:
     """Rounds of one node, and of many; a loop that ends before its first; and what it takes to make one."""
     if not gpu.device.loops:
         raise NotMeasured(f"the device has no loops: {gpu.device.no_loops}")
-    rounds, count = (3, 2) if gpu.interpreted else (ROUNDS, NODES)
+    rounds, count, repeats = (3, 2, 1) if gpu.interpreted else (ROUNDS, NODES, 5)
     counter, left = gpu.device.tensor((1,), torch.int32), gpu.device.tensor((1,), torch.int64)
 
     def make(times: int, nodes: int) -> tuple[Callable[[], None], float]:
@@ -124,7 +124,7 @@ def loop(gpu: Gpu) -> list[Figure]:
     long, took = make(rounds, count)
     taken = free - gpu.device.free_bytes
     before = int(counter)
-    none, one, many = (gpu.seconds(launch) for launch in (empty, short, long))
+    none, one, many = (gpu.seconds(launch, repeats) for launch in (empty, short, long))
     if (int(counter) - before) % (rounds * count) or int(left):
         raise RuntimeError(f"a loop of {rounds} rounds has made others")
     start = time.perf_counter()

@@ -3,7 +3,8 @@ modes of equal bytes; and what lowering and the lanes beside each other are wort
 
 The models are a few layers of Qwen3-30B-A3B with a quarter of its experts, in float8 where the card has no
 room for them in 16 bits. A device has room for all their experts; the burst's prompts are scaled to most of
-what the two pools leave for KV.
+what the two pools leave for KV. There is no spill store, as in pools/modes_virtual.py: memory would be pinned
+for it at each start.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Zoo:
         limits |= (tiny if self.gpu.interpreted else {}) | scheduler
         return EngineConfig(
             tuple(ModelConfig(path.name, str(path), weights_dtype=self.weights_dtype) for path in self.paths),
-            PoolConfig(device_bytes=device_bytes, prefix_cache=False),
+            PoolConfig(device_bytes=device_bytes, prefix_cache=False, spill_bytes=0),
             SchedulerConfig(**limits),
             kv_devices=kv,
             weights_devices=weights,

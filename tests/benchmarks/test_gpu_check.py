@@ -75,6 +75,29 @@ def test_bytes_that_are_read_are_those_of_the_weights() -> None:
 
 
 @pytest.mark.backend
+def test_an_engine_that_does_not_start_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import decode
+    from gpu.device import open_gpu
+    from gpu.results import NotMeasured
+
+    starts: list[Any] = []
+
+    def start(*given: Any) -> None:
+        starts.append(given)
+        raise RuntimeError("CUDA driver error 1")
+
+    monkeypatch.setattr(decode, "start_engine", start)
+    with open_gpu(interpreted=True) as gpu:
+        model = decode.Model(gpu)
+        with pytest.raises(RuntimeError):
+            _ = model.engine
+        with pytest.raises(NotMeasured, match="did not start"):
+            _ = model.engine
+        model.close()
+    assert len(starts) == 1
+
+
+@pytest.mark.backend
 def test_models_that_share_a_card_are_in_float8_if_it_is_too_small(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -269,9 +269,15 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _exchanges(here: int, there: int) -> bool:
-    """Whether atomic operations of one GPU on another's memory are: over NVLink they are."""
-    from cuda.bindings import runtime
-
+    """Whether atomic operations of one GPU on another's memory are: over NVLink they are. Raises
+    ConfigError."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise ConfigError(
+            f"what lies between cuda:{here} and cuda:{there} is asked through a package that is missing: "
+            f"{error}; install crosspool[cuda]"
+        ) from error
     asked = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported
     status, answer = runtime.cudaDeviceGetP2PAttribute(asked, here, there)
     return status == runtime.cudaError_t.cudaSuccess and bool(answer)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
 CGROUPS = Path("/sys/fs/cgroup")
+MACHINE = Path("/proc/meminfo")
 
 # Limit, usage, and the name in memory.stat of what the kernel would give back first, for control groups of
 # version 2 and of version 1. Inside a container the process's own group is at the root of the mount.
@@ -18,13 +17,19 @@ _FILES = (
 
 def total_bytes(cgroups: Path = CGROUPS) -> int:
     """Memory of the machine, or the control group's limit if that is less."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits(cgroups))])
+    return min([_of_machine("MemTotal"), *(limit for limit, _ in _group_limits(cgroups))])
 
 
 def free_bytes(cgroups: Path = CGROUPS) -> int:
     """Memory that could be allocated now without swapping; file caches count as free."""
-    free = [psutil.virtual_memory().available, *(limit - used for limit, used in _group_limits(cgroups))]
+    free = [_of_machine("MemAvailable"), *(limit - used for limit, used in _group_limits(cgroups))]
     return max(0, min(free))
+
+
+def _of_machine(field: str) -> int:
+    """Bytes of a field that is in kB (proc_meminfo(5))."""
+    fields = dict(line.split(":") for line in MACHINE.read_text().splitlines())
+    return int(fields[field].removesuffix("kB")) * 1024
 
 
 def _group_limits(cgroups: Path) -> list[tuple[int, int]]:

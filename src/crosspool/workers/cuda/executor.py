@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
 from crosspool.backends.device import Device
 from crosspool.core.batch import Event, Grant
 from crosspool.core.copies import PageCopy
-from crosspool.core.errors import InvariantError
+from crosspool.core.errors import DeviceError, InvariantError
 from crosspool.core.ids import GrantId, RequestId
 from crosspool.workers.cuda.copies import PageCopier
 from crosspool.workers.cuda.feeder import Feeder
@@ -95,15 +96,18 @@ class CudaExecutor:
             self._news.notify_all()
 
     def close(self) -> None:
-        """Raises InvariantError if something was allocated on a device while it served."""
+        """Raises InvariantError if something was allocated on a device while it served. Afterwards nothing
+        runs that writes into memory which is then somebody else's, on devices that still answer."""
         with self._lock:
             self._closed = True
             self._work.notify()
             self._news.notify_all()
         self._thread.join()
+        for device in self._devices:
+            with suppress(DeviceError) if self._broken is not None else nullcontext():
+                device.finish()
         if self._broken is None:
             for device in self._devices:
-                device.finish()
                 device.check_sealed()
 
     def _has_news(self) -> bool:
