@@ -106,6 +106,7 @@ class CudaDevice:
             self._loops = CudaLoops()
         except ConfigError as error:
             self.no_loops = str(error)
+        self._reached: dict[int, bool] = {}
         self._companions: dict[tuple[int, int], torch.cuda.Stream] = {}
         self._sealed: int | None = None
 
@@ -168,6 +169,11 @@ class CudaDevice:
             stream.wait_stream(leader)
 
     def reaches(self, other: CudaDevice) -> bool:
+        if other.index not in self._reached:
+            self._reached[other.index] = self._reach(other)
+        return self._reached[other.index]
+
+    def _reach(self, other: CudaDevice) -> bool:
         here, there = self._index, other.index
         if not torch.cuda.can_device_access_peer(here, there) or not _exchanges(here, there):
             return False

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from crosspool.backends.device import Event
 from crosspool.core.batch import Phase
+from crosspool.core.errors import InvariantError
 from crosspool.kernels.triton.grant_words import RECORD_SEQUENCE
 from crosspool.workers.cuda.attention import HomeSurroundings
 from crosspool.workers.cuda.crossing import Track
@@ -50,6 +51,9 @@ class Lane:
         self._around = around
         self._sides = sides
         self._ring = Ring.on(tracks[home].device)
+        self._ring_passes = RING_RECORDS // (around.most_rows + 1)
+        if self._ring_passes <= AHEAD:
+            raise InvariantError(f"a ring of {RING_RECORDS} records is too small for {around.most_rows} rows")
         self._records, self._written = self._ring.records.numpy(), self._ring.written.numpy()
         self._read = 0
         self._passes: dict[tuple[Geometry, Route], list[tuple[Limits, LanePass]]] = {}
@@ -121,7 +125,7 @@ class Lane:
         if flight.decoding or flight.lane_pass is None:
             flight.lane_pass = self._pass_for(flight)
         if flight.looping:
-            flight.let(self._passes_at_once(flight))
+            flight.let(self._passes_at_once())
             if flight.queued > 0:
                 return
         self._launch(flight)
@@ -192,10 +196,9 @@ class Lane:
         lane_pass.settle(failed=False)
         home.device.run(home.stream, partial(sides.enter, lane_pass.home.words, grant))
 
-    def _passes_at_once(self, flight: Flight) -> int:
+    def _passes_at_once(self) -> int:
         """That a loop may make before the host looks again: their records have room in the ring."""
-        most = RING_RECORDS // (len(flight.grant.rows) + 1) - AHEAD
-        return max(1, min(LOOP_PASSES, most)) if len(self.bound) == 1 else 1
+        return max(1, min(LOOP_PASSES, self._ring_passes - AHEAD)) if len(self.bound) == 1 else 1
 
     def _enter(self, flight: Flight) -> None:
         assert flight.lane_pass is not None
