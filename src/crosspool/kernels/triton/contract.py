@@ -210,9 +210,10 @@ def contract_tile(
     STORED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
+    begin=0,
 ):
     """One tile, or with PARTS one part of its sums, of ``activations[place]`` contracted by one expert, to
-    ``products[.., row]`` [PARTS, rows, HIDDEN]."""
+    ``products[.., row]`` [PARTS, rows, HIDDEN]; ``begin`` as ``multiply_all`` has it."""
     SCALES: tl.constexpr = (WIDTH + _SCALED - 1) // _SCALED
     output = tile_part // PARTS * TILE + tl.arange(0, TILE)
     inside = output < HIDDEN
@@ -222,9 +223,9 @@ def contract_tile(
     x = rows_at(activations, place, WIDTH)
     part = tile_part % PARTS
     if PARTS > 1:
-        total = multiply(weights, scale_rows, x, live, part * LENGTH, WIDTH, LENGTH, STORED, STEP)
+        total = multiply(weights, scale_rows, x, live, begin + part * LENGTH, WIDTH, LENGTH, STORED, STEP)
     else:
-        total = multiply_all(weights, scale_rows, x, live, WIDTH, LENGTH, STORED, STEP)
+        total = multiply_all(weights, scale_rows, x, live, WIDTH, LENGTH, STORED, STEP, begin)
     at = rows_at(products, part * rows + row, HIDDEN)[None, :] + output[:, None]
     tl.store(at, total.to(products.dtype.element_ty), mask=live[None, :] & inside[:, None])
 

@@ -163,8 +163,10 @@ def expand_tile(
     STORED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
+    begin=0,
 ):
-    """Columns of one tile of ``x[token]`` expanded by one expert, to ``out[place]`` [.., WIDTH]."""
+    """Columns of one tile of ``x[token]`` expanded by one expert, to ``out[place]`` [.., WIDTH]; ``begin`` as
+    ``multiply_all`` has it."""
     HALF: tl.constexpr = TILE // 2
     BLOCKS: tl.constexpr = (WIDTH + _SCALED - 1) // _SCALED
     SCALES: tl.constexpr = (HIDDEN + _SCALED - 1) // _SCALED
@@ -174,7 +176,8 @@ def expand_tile(
     is_up = row // HALF
     weights = rows_at(matrix, column + is_up * WIDTH, HIDDEN)
     scale_rows = rows_at(scales, is_up * BLOCKS + column // _SCALED, SCALES)
-    total = multiply(weights, scale_rows, rows_at(x, token, HIDDEN), live, 0, HIDDEN, HIDDEN, STORED, STEP)
+    x_rows = rows_at(x, token, HIDDEN)
+    total = multiply(weights, scale_rows, x_rows, live, begin, HIDDEN, HIDDEN, STORED, STEP)
     gate, up = total.reshape(2, HALF, token.shape[0]).permute(1, 2, 0).split()
     column = tile * HALF + tl.arange(0, HALF)
     at = rows_at(out, place, WIDTH)[None, :] + column[:, None]

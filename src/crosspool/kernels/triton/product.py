@@ -119,11 +119,16 @@ def multiply_all(
     LENGTH: tl.constexpr,
     STORED: tl.constexpr,
     STEP: tl.constexpr,
+    begin=0,
 ):
-    """All inputs, as ``multiply`` has them: the sums of their parts, added in order."""
+    """All inputs, as ``multiply`` has them: the sums of their parts, added in order.
+
+    ``begin`` is 0. A kernel of one product says so; one of several reads it from its arguments, for where a
+    compiler knows how long loops are it unrolls them, and then a kernel runs out of registers.
+    """
     total = tl.zeros((weights.shape[0], x.shape[0]), tl.float32)
-    for begin in range(0, INPUTS, LENGTH):
-        total += multiply(weights, scales, x, live, begin, INPUTS, LENGTH, STORED, STEP)
+    for at in range(begin, INPUTS, LENGTH):
+        total += multiply(weights, scales, x, live, at, INPUTS, LENGTH, STORED, STEP)
     return total
 
 

@@ -20,8 +20,6 @@ from crosspool.kernels.triton.chip import all_registers
 from crosspool.kernels.triton.ffn_plan import FfnPlan, FfnRoom, ffn_room
 from crosspool.kernels.triton.ffn_queue import (
     FfnQueue,
-    arrive,
-    await_all,
     begin_launch,
     fail,
     look,
@@ -30,16 +28,8 @@ from crosspool.kernels.triton.ffn_queue import (
     take,
 )
 from crosspool.kernels.triton.gate import ACTIVATIONS
-from crosspool.kernels.triton.resident_rows import (
-    blocks_of,
-    combine_rows,
-    contract_common_rows,
-    contract_pairs,
-    expand_common_rows,
-    expand_pairs,
-    logits_rows,
-)
-from crosspool.kernels.triton.router import Routing, choose, plan_router, routing_arguments
+from crosspool.kernels.triton.resident_half import compute_half
+from crosspool.kernels.triton.router import Routing, plan_router, routing_arguments
 from crosspool.kernels.triton.table import aligned
 from crosspool.kernels.triton.words import (
     EXPERT_DOWN,
@@ -103,6 +93,7 @@ def serve(plan: FfnPlan, queue: FfnQueue, room: FfnRoom, launch: int) -> None:
         room.products,
         room.common_products,
         plan.capacity,
+        0,  # Where sums begin: see product.py.
         SLOTS=queue.slots,
         **routing_arguments(rules, router_tile) | {"TOP_K": plan.top_k},
         HIDDEN=geometry.hidden,
@@ -147,6 +138,7 @@ def _serve(
     products,
     common_products,
     capacity,
+    begin,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -198,145 +190,56 @@ def _serve(
             layer = tl.load(slot + _LAYER)
             x, out = aligned(tl.load(slot + _X), dtype), aligned(tl.load(slot + _OUT), dtype)
             count = tl.load(lane + _QUERIES).to(tl.int32)
-            if TOP_K > 0:
-                logits_rows(
-                    lane,
-                    layer,
-                    x,
-                    count,
-                    logits,
-                    capacity,
-                    HIDDEN,
-                    EXPERTS,
-                    LOGITS_PARTS,
-                    LOGITS_LENGTH,
-                    LOGITS_TILE,
-                    TOKENS,
-                    LOGITS_STEP,
-                )
-                arrive(queue)
-            if COMMON_WIDTH > 0:
-                expand_common_rows(
-                    lane,
-                    layer,
-                    x,
-                    count,
-                    common_activations,
-                    HIDDEN,
-                    COMMON_WIDTH,
-                    COMMON_UP,
-                    COMMON_UP_SCALES,
-                    ACTIVATION,
-                    STORED,
-                    TILE,
-                    TOKENS,
-                    STEP,
-                )
-            if TOP_K > 0:
-                met += 1
-                in_time = await_all(queue, met, most_looks)
-                count = tl.where(in_time, count, 0)
-                for begin in range(0, count, CHOOSING):
-                    choose(
-                        lane,
-                        layer,
-                        begin + tl.arange(0, CHOOSING),
-                        count,
-                        logits,
-                        capacity,
-                        chosen + own,
-                        gains + own,
-                        EXPERTS,
-                        TOP_K,
-                        SIGMOID,
-                        NORMALISE,
-                        SCALE,
-                        GROUPS,
-                        TOP_GROUPS,
-                        BEST_OF_GROUP,
-                        BIASED,
-                        GROUP_COLUMNS,
-                        COLUMNS,
-                        LOGITS_PARTS,
-                    )
-                tl.debug_barrier()  # What some threads have stored, others load.
-                choices, blocks, number = blocks_of(chosen + own, count, EXPERTS, TOP_K, TOKENS)
-                expand_pairs(
-                    lane,
-                    layer,
-                    x,
-                    choices,
-                    blocks,
-                    number,
-                    activations,
-                    HIDDEN,
-                    TOP_K,
-                    WIDTH,
-                    COMMON_WIDTH,
-                    ACTIVATION,
-                    STORED,
-                    TILE,
-                    STEP,
-                )
-            met += 1
-            if in_time:
-                arrive(queue)
-                in_time = await_all(queue, met, most_looks)
-            count = tl.where(in_time, count, 0)
-            if COMMON_WIDTH > 0:
-                contract_common_rows(
-                    lane,
-                    layer,
-                    count,
-                    common_activations,
-                    common_products,
-                    capacity,
-                    HIDDEN,
-                    COMMON_WIDTH,
-                    COMMON_DOWN,
-                    COMMON_DOWN_SCALES,
-                    COMMON_PARTS,
-                    COMMON_LENGTH,
-                    STORED,
-                    TILE,
-                    TOKENS,
-                    STEP,
-                )
-            if TOP_K > 0:
-                contract_pairs(
-                    lane,
-                    layer,
-                    choices,
-                    blocks,
-                    tl.where(in_time, number, 0),
-                    activations,
-                    products,
-                    capacity,
-                    HIDDEN,
-                    TOP_K,
-                    WIDTH,
-                    PARTS,
-                    LENGTH,
-                    (HIDDEN + TILE - 1) // TILE * COMMON_PARTS,
-                    STORED,
-                    TILE,
-                    STEP,
-                )
-            met += 1
-            if in_time:
-                arrive(queue)
-                in_time = await_all(queue, met, most_looks)
-            combine_rows(
+            met, in_time = compute_half(
+                queue,
+                met,
+                most_looks,
+                lane,
+                layer,
+                x,
+                count,
+                out,
+                logits,
+                chosen + own,
+                gains + own,
+                activations,
+                common_activations,
                 products,
                 common_products,
-                gains + own,
-                out,
                 capacity,
-                tl.where(in_time, count, 0),
-                HIDDEN,
+                begin,
+                EXPERTS,
                 TOP_K,
+                SIGMOID,
+                NORMALISE,
+                SCALE,
+                GROUPS,
+                TOP_GROUPS,
+                BEST_OF_GROUP,
+                BIASED,
+                GROUP_COLUMNS,
+                COLUMNS,
+                CHOOSING,
+                HIDDEN,
+                WIDTH,
                 PARTS,
+                LENGTH,
+                COMMON_WIDTH,
                 COMMON_PARTS,
+                COMMON_LENGTH,
+                COMMON_UP,
+                COMMON_UP_SCALES,
+                COMMON_DOWN,
+                COMMON_DOWN_SCALES,
+                ACTIVATION,
+                STORED,
+                TILE,
+                TOKENS,
+                STEP,
+                LOGITS_PARTS,
+                LOGITS_LENGTH,
+                LOGITS_TILE,
+                LOGITS_STEP,
                 COMBINED,
             )
         if in_time:

@@ -1,12 +1,13 @@
 """What one of many programs does of each step of an FFN for few rows, when they stay on the chip together.
 
-Rows are few enough for one tile of tokens, so an expert that was chosen is one **block**, and the tokens of
-its tile are all rows, of which those count that chose it. So nothing is sorted: each program finds for itself
-what all rows chose, from logits that all have computed, and knows every block.
+Blocks are those of resident_choice.py, and ``begin`` is 0: product.py says why it is an argument.
 
 Which tiles are a program's is known in advance: every so many, going on where the tiles before ended. All
 tiles of a step read as many weights, and there are few for each program: to draw them one by one from a
 counter would cost a round trip to memory before each, in which nothing is loaded.
+
+What does not change from tile to tile is computed again for each: moved out of its loop, it would be moved
+out of the loop over entries too, and take registers from all other steps.
 """
 
 from __future__ import annotations
@@ -17,62 +18,7 @@ import triton.language as tl
 from crosspool.kernels.triton.contract import combine_columns, contract_tile, down_of
 from crosspool.kernels.triton.expand import expand_tile, gate_up_of
 from crosspool.kernels.triton.product import scales_at, weights_at
-from crosspool.kernels.triton.router import logits_part
 from crosspool.kernels.triton.table import layer_word
-
-
-@triton.jit
-def logits_rows(
-    lane,
-    layer,
-    x,
-    count,
-    parts,
-    capacity,
-    HIDDEN: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    PARTS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    TILE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Parts of logits. The last programs begin, which have the fewest tiles of the common FFN."""
-    SHARES: tl.constexpr = (EXPERTS + TILE - 1) // TILE * PARTS
-    token = tl.arange(0, TOKENS)
-    for share in range(tl.num_programs(0) - 1 - tl.program_id(0), SHARES, tl.num_programs(0)):
-        tile, part = share // PARTS, share % PARTS
-        logits_part(
-            lane,
-            layer,
-            x,
-            token,
-            token < count,
-            tile,
-            part,
-            parts,
-            capacity,
-            HIDDEN,
-            EXPERTS,
-            LENGTH,
-            TILE,
-            STEP,
-        )
-
-
-@triton.jit
-def blocks_of(chosen, count, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
-    """What ``count`` rows of ``chosen`` int32 [.., TOP_K] chose: int32 [TOKENS, choices], -1 where there is
-    nothing; the block of each expert, int32 [experts], -1 of those that nobody chose; how many there are."""
-    CHOICES: tl.constexpr = triton.next_power_of_2(TOP_K) if TOP_K > 1 else 2
-    BINS: tl.constexpr = triton.next_power_of_2(EXPERTS) if EXPERTS > 32 else 32
-    token, choice = tl.arange(0, TOKENS)[:, None], tl.arange(0, CHOICES)[None, :]
-    real = (token < count) & (choice < TOP_K)
-    choices = tl.load(chosen + token * TOP_K + choice, mask=real, other=-1)
-    pairs = choices.reshape(TOKENS * CHOICES)
-    used = (tl.histogram(tl.maximum(pairs, 0), BINS, mask=pairs >= 0) > 0).to(tl.int32)
-    block = tl.where(used != 0, tl.cumsum(used, 0) - 1, -1)
-    return choices, block, tl.sum(used)
 
 
 @triton.jit
@@ -98,6 +44,7 @@ def expand_common_rows(
     x,
     count,
     activations,
+    begin,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     WORD: tl.constexpr,
@@ -113,7 +60,7 @@ def expand_common_rows(
     matrix = weights_at(layer_word(lane, layer, WORD), STORED, x.dtype.element_ty)
     scales = scales_at(lane, layer, SCALES_WORD, STORED)
     token = tl.arange(0, TOKENS)
-    for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), disable_licm=True):
         expand_tile(
             matrix,
             scales,
@@ -129,6 +76,7 @@ def expand_common_rows(
             STORED,
             TILE,
             STEP,
+            begin,
         )
 
 
@@ -141,6 +89,7 @@ def expand_pairs(
     blocks,
     number,
     activations,
+    begin,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -154,7 +103,8 @@ def expand_pairs(
     HALF: tl.constexpr = TILE // 2
     TILES: tl.constexpr = (WIDTH + HALF - 1) // HALF
     token = tl.arange(0, choices.shape[0])
-    for tile in range(_first_after((COMMON_WIDTH + HALF - 1) // HALF), number * TILES, tl.num_programs(0)):
+    first = _first_after((COMMON_WIDTH + HALF - 1) // HALF)
+    for tile in tl.range(first, number * TILES, tl.num_programs(0), disable_licm=True):
         expert, live, pair = _block(choices, blocks, tile // TILES, TOP_K)
         matrix, scales = gate_up_of(lane, layer, expert, HIDDEN, WIDTH, STORED, x.dtype.element_ty)
         expand_tile(
@@ -172,6 +122,7 @@ def expand_pairs(
             STORED,
             TILE,
             STEP,
+            begin,
         )
 
 
@@ -183,6 +134,7 @@ def contract_common_rows(
     activations,
     products,
     capacity,
+    begin,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     WORD: tl.constexpr,
@@ -199,7 +151,7 @@ def contract_common_rows(
     matrix = weights_at(layer_word(lane, layer, WORD), STORED, activations.dtype.element_ty)
     scales = scales_at(lane, layer, SCALES_WORD, STORED)
     token = tl.arange(0, TOKENS)
-    for tile_part in range(tl.program_id(0), TILES * PARTS, tl.num_programs(0)):
+    for tile_part in tl.range(tl.program_id(0), TILES * PARTS, tl.num_programs(0), disable_licm=True):
         contract_tile(
             matrix,
             scales,
@@ -217,6 +169,7 @@ def contract_common_rows(
             STORED,
             TILE,
             STEP,
+            begin,
         )
 
 
@@ -230,6 +183,7 @@ def contract_pairs(
     activations,
     products,
     capacity,
+    begin,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -243,7 +197,8 @@ def contract_pairs(
     """``activations`` of pairs contracted by the experts of ``number`` blocks, to ``products`` of pairs
     [PARTS, pairs, HIDDEN]. COMMON_SHARES is how many tiles, or parts of them, the common FFN has."""
     SHARES: tl.constexpr = (HIDDEN + TILE - 1) // TILE * PARTS
-    for share in range(_first_after(COMMON_SHARES), number * SHARES, tl.num_programs(0)):
+    first = _first_after(COMMON_SHARES)
+    for share in tl.range(first, number * SHARES, tl.num_programs(0), disable_licm=True):
         expert, live, pair = _block(choices, blocks, share // SHARES, TOP_K)
         matrix, scales = down_of(lane, layer, expert, HIDDEN, WIDTH, STORED, activations.dtype.element_ty)
         contract_tile(
@@ -263,6 +218,7 @@ def contract_pairs(
             STORED,
             TILE,
             STEP,
+            begin,
         )
 
 
@@ -282,7 +238,7 @@ def combine_rows(
 ):
     """Columns of rows."""
     BLOCKS: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
-    for share in range(tl.program_id(0), count * BLOCKS, tl.num_programs(0)):
+    for share in tl.range(tl.program_id(0), count * BLOCKS, tl.num_programs(0), disable_licm=True):
         row = tl.full((), share // BLOCKS, tl.int32)
         combine_columns(
             products,
