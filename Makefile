@@ -28,7 +28,7 @@ kernels: setup  ## compile the CPU kernels, if they are not in the cache folder
 	$(BIN)/python scripts/compile_kernels.py
 
 test: setup lint kernels  ## lint, types, import contracts and every test that needs no GPU
-	$(BIN)/pytest -m 'not gpu' $(INTERPRETED) --numprocesses 2
+	$(BIN)/pytest -m 'not gpu' $(INTERPRETED) --numprocesses 2 --dist worksteal
 	$(BIN)/pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
 
 lint: setup  ## style, types and import contracts
