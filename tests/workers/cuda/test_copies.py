@@ -24,7 +24,7 @@ pytestmark = pytest.mark.backend
 
 PAGE_BYTES, PAGES, HOST_PAGES = 16, 12, 30
 NOBODYS = 255
-SEEDS = 1000
+SEEDS = 300
 
 
 @dataclass

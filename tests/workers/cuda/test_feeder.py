@@ -53,12 +53,12 @@ def all_lives(placement: str, seeds: int, *, queues: bool = False) -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_everybody_says_what_they_say_alone(placement: str) -> None:
-    all_lives(placement, 40)
+    all_lives(placement, 25)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nobody_waits_for_ever_where_streams_share_queues(placement: str) -> None:
-    all_lives(placement, 10, queues=True)
+    all_lives(placement, 6, queues=True)
 
 
 def test_two_that_wait_on_one_chip_would(monkeypatch: pytest.MonkeyPatch) -> None:
