@@ -118,9 +118,8 @@ class Flight:
     @property
     def ended(self) -> bool:
         """Whether nothing of it will touch a page any more. Of a loop the time is known when it has ended."""
-        if self.looping:
-            return self.queued == 0 and not self.goes_on
-        return self.over or (self.queued == 0 and not self.goes_on)
+        known = self.over and not self.looping
+        return known or (self.queued == 0 and not self.goes_on)
 
     @property
     def layer_times(self) -> tuple[Nanoseconds, Nanoseconds]:

@@ -145,58 +145,12 @@ class Sides(Protocol):
 class TritonSides:
     """The kernels of kernels/triton."""
 
-    def enter(self, lane: Tensor, grant: int) -> None:
-        enter(lane, grant)
-
-    def lead(self, lane: Tensor, layers: int, frequencies: int) -> None:
-        lead(lane, layers, frequencies)
-
-    def send(self, lane: Tensor, carried: Carried, sizes: Tensor | None, flag: Flag) -> None:
-        send(lane, carried, sizes, flag)
-
-    def receive(self, lane: Tensor, flag: Flag) -> None:
-        receive(lane, flag)
-
-    def settle(self, lane: Tensor, flags: Tensor, *, failed: bool) -> None:
-        settle(lane, flags, failed=failed)
-
-    def attention(
-        self,
-        geometry: Geometry,
-        limits: Limits,
-        phase: Phase,
-        around: HomeSurroundings,
-        ring: Ring,
-        room: Room,
-    ) -> AttentionSide:
-        return AttentionSidePass(geometry, limits, phase, around, ring, room)
-
-    def spread_attention(
-        self,
-        geometry: Geometry,
-        limits: Limits,
-        phase: Phase,
-        around: HomeSurroundings,
-        ring: Ring,
-        room: Room,
-        part: int,
-        parts: int,
-    ) -> SpreadSide:
-        return SpreadAttentionPass(geometry, limits, phase, around, ring, room, part, parts)
-
-    def attention_elsewhere(
-        self,
-        geometry: Geometry,
-        limits: Limits,
-        phase: Phase,
-        pages: KvPages,
-        chip: Chip,
-        words: Tensor,
-        room: Room,
-    ) -> PartSide:
-        return AttentionElsewhere(geometry, limits, phase, pages, chip, words, room)
-
-    def ffn(
-        self, geometry: Geometry, queries: int, part: int, parts: int, chip: Chip, lane: Tensor, room: Room
-    ) -> FfnSide:
-        return FfnSidePass(geometry, queries, part, parts, chip, lane, room)
+    enter = staticmethod(enter)
+    lead = staticmethod(lead)
+    send = staticmethod(send)
+    receive = staticmethod(receive)
+    settle = staticmethod(settle)
+    attention = staticmethod(AttentionSidePass)
+    spread_attention = staticmethod(SpreadAttentionPass)
+    attention_elsewhere = staticmethod(AttentionElsewhere)
+    ffn = staticmethod(FfnSidePass)
